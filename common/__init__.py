@@ -1,0 +1,1 @@
+"""What at least two of the five papers share; knows nothing of any paper."""

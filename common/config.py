@@ -1,0 +1,147 @@
+"""Typed configuration that every run has: Hydra composes (``common/cli.py``), these frozen dataclasses check.
+
+A paper's own ``config.py`` holds one dataclass per entry point, built from these parts; below the entry point nobody
+sees a ``DictConfig``. All step counts are optimizer steps.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.errors import ConfigError
+
+PLANS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+SCHEDULES = ("constant", "cosine", "wsd")
+OPTIMIZERS = ("AdamW", "Adam")
+
+
+def require_choice(name: str, value: object, choices: tuple) -> None:
+    """Raises ConfigError unless ``value`` is one of ``choices``; ``name`` is the option as the user types it."""
+    if value not in choices:
+        from difflib import get_close_matches
+
+        near = get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}.{hint}")
+
+
+def require_at_least(name: str, value: float, minimum: float) -> None:
+    """Raises ConfigError unless ``value >= minimum`` (NaN fails)."""
+    if not value >= minimum:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {minimum}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    global_size: int = 512  # samples per optimizer step, over all ranks
+    micro_size: int = 8  # samples per rank per forward pass
+
+    def __post_init__(self) -> None:
+        require_at_least("batch.global_size", self.global_size, 1)
+        require_at_least("batch.micro_size", self.micro_size, 1)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes per optimizer step on each rank.
+
+        Raises: ConfigError if the global batch is not a multiple of one pass over all ranks.
+        """
+        per_pass = self.micro_size * world_size
+        if self.global_size % per_pass:
+            below, above = self.global_size // per_pass * per_pass, math.ceil(self.global_size / per_pass) * per_pass
+            nearest = " and ".join(str(n) for n in (below, above) if n)
+            raise ConfigError(
+                f"batch.global_size={self.global_size} is not a multiple of batch.micro_size={self.micro_size} x "
+                f"world_size={world_size} = {per_pass}; the nearest that work are {nearest}."
+            )
+        return self.global_size // per_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    optimizer: Literal["AdamW", "Adam"] = "AdamW"
+    lr: float = 3e-4  # peak learning rate
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 2500  # steps of linear warm-up: lr at step s (from 1) is lr * min(s / warmup, 1); 0 disables
+    grad_clip: float = 1.0  # largest global gradient norm; negative disables clipping
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"  # shape of the rate after warm-up
+    min_ratio: float = 0.0  # floor of cosine and of the wsd decay, as a share of lr
+    decay_fraction: float = 0.2  # wsd: last share of the run in which the rate falls linearly
+
+    def __post_init__(self) -> None:
+        require_choice("optim.optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("optim.schedule", self.schedule, SCHEDULES)
+        require_at_least("optim.lr", self.lr, 0)
+        require_at_least("optim.weight_decay", self.weight_decay, 0)
+        require_at_least("optim.eps", self.eps, 0)
+        for name in ("beta1", "beta2", "min_ratio", "decay_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
+                raise ConfigError(f"optim.{name}={value} must lie in [0, 1{')' if name.startswith('beta') else ']'}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    plan: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "none"
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, about 1/3 more compute
+    compile: bool = False  # torch.compile; can be slower on CPU
+
+    def __post_init__(self) -> None:
+        require_choice("parallel.plan", self.plan, PLANS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    interval_steps: int = 10_000  # a resumable checkpoint every so many steps (and at the end)
+    keep_last: int = 2  # newest resumable checkpoints to keep
+    keep_every: int = 0  # also keep for ever every checkpoint whose step is a multiple of this; 0: none
+
+    def __post_init__(self) -> None:
+        require_at_least("checkpoint.interval_steps", self.interval_steps, 1)
+        require_at_least("checkpoint.keep_last", self.keep_last, 1)
+        require_at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "quintet"
+    run_name: str | None = None  # None: the run folder's name
+    progress: bool = True  # tqdm bar on the main process
+
+    def __post_init__(self) -> None:
+        require_choice("tracking.wandb", self.wandb, ("disabled", "offline", "online"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """All that ``common.trainer.fit`` needs to know; papers build it from their own option names."""
+
+    run_dir: str
+    total_steps: int
+    seed: int = 0
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast dtype; parameters stay float32
+    ema_decay: float | None = 0.9999  # None: no moving average
+    log_interval_steps: int = 50
+    validate_interval_steps: int = 0  # 0: never
+    nonfinite: Literal["stop", "skip"] = "stop"  # what to do when the loss or gradient norm is NaN or infinite
+    allow_config_change: bool = False  # resume although the configuration differs from the saved one
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+
+    def __post_init__(self) -> None:
+        require_at_least("total_steps", self.total_steps, 1)
+        require_at_least("log_interval_steps", self.log_interval_steps, 1)
+        require_at_least("validate_interval_steps", self.validate_interval_steps, 0)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); null switches the moving average off.")

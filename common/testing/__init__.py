@@ -1,0 +1,1 @@
+"""Helpers that the tests of every paper use: golden cases, process launching, tiny tasks."""
