@@ -6,6 +6,7 @@ sees a ``DictConfig``. All step counts are optimizer steps.
 
 import math
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Literal
 
 from common.errors import ConfigError
@@ -19,10 +20,9 @@ OPTIMIZERS = ("AdamW", "Adam")
 def require_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ConfigError unless ``value`` is one of ``choices``; ``name`` is the option as the user types it."""
     if value not in choices:
-        from difflib import get_close_matches
-
-        near = get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        spelled = {str(choice).lower(): str(choice) for choice in choices}
+        near = get_close_matches(str(value).lower(), spelled, n=1, cutoff=0.5)
+        hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
         raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}.{hint}")
 
 

@@ -27,7 +27,7 @@ def test_batch_below_one_pass_offers_only_sizes_that_exist():
 @pytest.mark.parametrize(
     "build,message",
     [
-        (lambda: OptimConfig(optimizer="AdamV"), "optim.optimizer='AdamV'.*Did you mean 'AdamW'"),
+        (lambda: OptimConfig(optimizer="adamw"), "optim.optimizer='adamw'.*Did you mean 'AdamW'"),
         (lambda: OptimConfig(schedule="cosin"), "optim.schedule='cosin'.*Did you mean 'cosine'"),
         (lambda: OptimConfig(beta1=1.0), r"optim.beta1=1.0 must lie in \[0, 1\)"),
         (lambda: OptimConfig(lr=float("nan")), "optim.lr=nan"),
