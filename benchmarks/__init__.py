@@ -1,0 +1,1 @@
+"""Speed and memory of the parts that must be fast; each file's ``measure()`` compares two ways in one run."""

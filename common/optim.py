@@ -1,0 +1,104 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from common.config import OptimConfig
+from common.errors import ConfigError
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Learning rate used by optimizer step ``step``, counted from 1.
+
+    ``lr * min(step / warmup, 1)`` times the schedule's factor: 1 for ``constant``; a half cosine from 1 at step 0 to
+    ``min_ratio`` at ``total_steps`` for ``cosine``; for ``wsd`` 1, then over the last ``decay_fraction`` of the run a
+    straight line to ``min_ratio``.
+
+    Source: warm-up as in RADD's released trainer (golden case ``train_steps``); WSD: Hu et al., 2024 (MiniCPM).
+    """
+    warm = min(step / config.warmup, 1.0) if config.warmup > 0 else 1.0
+    if config.schedule == "cosine":
+        share = min(step / total_steps, 1.0)
+        factor = config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    elif config.schedule == "wsd":
+        decay_steps = config.decay_fraction * total_steps
+        left = min((total_steps - step) / decay_steps, 1.0) if decay_steps > 0 else 1.0
+        factor = config.min_ratio + (1 - config.min_ratio) * max(left, 0.0)
+    else:
+        factor = 1.0
+    return config.lr * warm * factor
+
+
+def build_optimizer(groups: list[dict], config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Adam or AdamW over ``groups``, fused where parameters are plain tensors, else foreach.
+
+    A group may carry its own ``weight_decay`` and ``lr_scale`` (a factor on the scheduled rate, 1 by default).
+
+    Raises: ConfigError if no group holds a trainable parameter.
+    """
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [group for group in groups if group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
+    if not parameters:
+        raise ConfigError("the model has no trainable parameter; unfreeze at least one.")
+    # fused kernels exist on CUDA and CPU; on the CPU they do not take DTensors
+    fused = device.type == "cuda" or not any(isinstance(p, DTensor) for p in parameters)
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
+    return kinds[config.optimizer](
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=fused,
+        **({} if fused else {"foreach": True}),
+    )
+
+
+def set_learning_rate(optimizer: object, rate: float) -> None:
+    """Sets every group's rate to ``rate * group["lr_scale"]``; works on torch optimizers and DeepSpeed's wrappers."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices decay; vectors (norm scales, biases) and embedding tables do not."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1 and id(p) not in embeddings]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in trainable if id(p) not in chosen]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``{"<parameter name>.<state name>": tensor}``, so that it outlives group order."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def empty_optimizer_tensors(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keys: Iterable[str]
+) -> dict[str, Tensor]:
+    """Creates zero state for the given ``"<parameter name>.<state name>"`` keys and returns it, ready to be filled."""
+    owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    created = {}
+    for key in keys:
+        name, _, state_name = key.rpartition(".")
+        parameter = named.get(name)
+        if parameter is None or id(parameter) not in owner:
+            continue
+        if state_name == "step":
+            on_device = owner[id(parameter)]["fused"] or owner[id(parameter)].get("capturable")
+            value = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        else:
+            value = torch.zeros_like(parameter.detach())
+        optimizer.state[parameter][state_name] = created[key] = value
+    return created

@@ -1,0 +1,1 @@
+"""Hydra configurations; a package, so that the search path finds them from any working directory."""

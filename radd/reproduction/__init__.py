@@ -1,0 +1,1 @@
+"""Parts of ``python -m radd.reproduce``: settings, jobs on two processes, training, scoring, sampling, results."""
