@@ -25,6 +25,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +50,7 @@ EXIT_REQUEUE = 85
 EXIT_INTERRUPT = 130
 ROOT = Path(__file__).resolve().parents[1]
 OTHER_RANKS_WAIT_SECONDS = 5.0  # for the main process to report the same error
+SWEPT_VARIABLE = "QUINTET_SWEPT_OPTIONS"  # tells the workers of a sweep which options name their folder
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def run(
     Raises: SystemExit with one of the codes above otherwise.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own report and leaving with code 1
+    os.environ[SWEPT_VARIABLE] = ",".join(_swept_options(sys.argv[1:]))
     folder = Path(ROOT, config_dir)
 
     @functools.wraps(main)
@@ -95,6 +98,31 @@ def run(
     with _errors_reported(config_class, folder):
         hydra.main(version_base=None, config_path=str(folder), config_name=config_name)(job)()
     return 0
+
+
+def _swept_options(arguments: list[str]) -> list[str]:
+    """Names of the options that a sweep (``--multirun``) varies."""
+    swept = []
+    for argument in arguments:
+        # what cannot be parsed is Hydra's to report
+        with contextlib.suppress(HydraException, ValueError):
+            override = OverridesParser.create().parse_override(argument)
+            if override.is_sweep_override():
+                swept.append(override.key_or_group)
+    return swept
+
+
+def _sweep_folder(overrides: list[str], job_number: int) -> str:
+    """A job's folder inside the sweep's: its values of the varied options, in names that a file system takes."""
+    swept = os.environ.get(SWEPT_VARIABLE, "").split(",")
+    values = [override for override in overrides if override.split("=")[0].lstrip("+") in swept]
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(values)))
+    return name if 0 < len(name) <= 200 else str(job_number)
+
+
+OmegaConf.register_new_resolver(
+    "sweep_folder", lambda: _sweep_folder(HydraConfig.get().overrides.task, HydraConfig.get().job.num), replace=True
+)
 
 
 def _typed(composed: DictConfig, config_class: type) -> Any:
@@ -173,6 +201,11 @@ def _errors_reported(config_class: type, folder: Path) -> Iterator[None]:
             error,
         )
     except RuntimeError as error:
+        if "srun" in str(error) and _is_from("submitit", error):
+            _fail(
+                "launcher=slurm needs SLURM's srun and sbatch, which are not on this machine; use launcher=local.",
+                error,
+            )
         if "out of memory" not in str(error).lower():
             raise
         _fail(
@@ -180,6 +213,12 @@ def _errors_reported(config_class: type, folder: Path) -> Iterator[None]:
             "or a plan that shards (parallel=fsdp2); dry_run=true shows the memory of each.",
             error,
         )
+
+
+def _is_from(package: str, error: BaseException) -> bool:
+    """Whether ``error`` was raised inside ``package``."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").split(".")[0] == package
 
 
 def _fail(message: str, error: BaseException) -> None:

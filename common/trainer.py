@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ def _already_finished(checkpoint: Path, run_dir: Path, parallel: Parallel) -> Fi
 
 @contextlib.contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:
@@ -229,21 +232,22 @@ class Run(contextlib.ExitStack):
         # only one rank has seen stops all of them at the same step
         total_count, stopping = parallel.sum([sum(counts), float(self.stop.requested)])
         scale = parallel.world_size / (total_count or 1.0) * self.scaler.scale  # gradients are averaged over ranks
-        losses = []
+        losses, metrics = [], []
         for index, (batch, draws) in enumerate(micro):
             with self.plan.accumulate(last=index == len(micro) - 1):
                 output = self.task.training_step(self.plan.model, batch, draws)
                 # a loss that is not finite must spoil the gradient norm, on which all ranks decide together
                 self.plan.backward(output.loss_sum * (scale * self.guard.poison(output.loss_sum)))
             losses.append(output.loss_sum.detach())
-            for name, (value, weight) in output.metrics.items():
-                self.means.add(name if "/" in name else f"train/{name}", value, weight)
+            metrics += output.metrics.items()
         rate = learning_rate(self.step + 1, config.optim, config.total_steps)
         norm = self.plan.step(rate, self.scaler.scale)
         finite = norm < float("inf")
         if finite:
             for loss, count in zip(losses, counts, strict=True):
                 self.means.add("train/loss", loss, count)
+            for name, (value, weight) in metrics:
+                self.means.add(name if "/" in name else f"train/{name}", value, weight)
             if self.ema is not None:
                 self.ema.update()
         self.guard.check(finite, self.step, norm, losses, micro, scaler=self.scaler)

@@ -67,11 +67,12 @@ def plan(settings: Settings, run_seeds: Sequence[int], output: Path, revision: s
             arguments |= {"run_dir": run_dir(name), "cache_dir": cache}
             jobs.append(Job(f"train-{name}", f"{module}.training:train", arguments, ("data",)))
     for seed in run_seeds:
-        for loss, noise, name in sorted(networks(seed), key=lambda network: network[0] != "lambda_DCE"):
-            swept = loss == "lambda_DCE" and noise == "loglinear"
+        for loss, noise, name in networks(seed):
             arguments = {"settings": values, "seed": seed, "run_dir": run_dir(name), "cache_dir": cache}
-            arguments |= {"orders": settings.sweep_orders if swept else settings.orders, "directions": swept}
             jobs.append(Job(f"score-{name}", f"{module}.scoring:score", arguments, (f"train-{name}",)))
+            if loss in settings.ordered_losses and noise == "loglinear":
+                arguments = {**arguments, "orders": settings.orders}
+                jobs.append(Job(f"orders-{name}", f"{module}.scoring:score_orders", arguments, (f"train-{name}",)))
         for mode in (*ONE_STAGE, "two-stage"):
             arguments = {"mode": mode, "seed": seed, "settings": values}
             jobs.append(Job(f"precision-{mode}-seed{seed}", f"{module}.sampling:tail_share", arguments))
@@ -116,6 +117,8 @@ def summary(name: str, result: dict) -> str:
         return f"training loss {result['last']:.3f}"
     if name.startswith("score-"):
         return "bounds " + ", ".join(f"{cell['mean']:.3f}" for cell in result["cells"].values())
+    if name.startswith("orders-"):
+        return f"mean over orders {result['random']['mean']:.4f} ± {result['random']['error']:.4f}"
     if name.startswith("calls-"):
         return "calls per row " + ", ".join(f"{point['measured']:.1f}" for point in result["points"])
     if name.startswith("precision-"):

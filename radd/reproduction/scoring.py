@@ -100,13 +100,8 @@ def order_nll(model: RADD, x_BL: Tensor, order_BL: Tensor) -> np.ndarray:
     return torch.stack(steps, dim=1).double().numpy()
 
 
-def score(run_dir: str, cache_dir: str, seed: int, settings: dict, orders: int, directions: bool) -> dict:
-    """All four estimates of one model, the range term, and likelihoods of random and fixed orders.
-
-    Args:
-        orders: random orders per sequence; their mean NLL is the bound as well. 0: none.
-        directions: also left to right and right to left.
-    """
+def score(run_dir: str, cache_dir: str, seed: int, settings: dict) -> dict:
+    """All four estimates of one model, with the range term of each."""
     settings = Settings(**settings)
     model = load_model(run_dir, settings)
     x_BL = blocks(settings, "test", cache_dir, settings.test_sequences)
@@ -119,19 +114,26 @@ def score(run_dir: str, cache_dir: str, seed: int, settings: dict, orders: int, 
             nll_k = nll_by_count(values_MB, masked_MB, x_BL.shape[1])
     for loss_type, term in range_terms(nll_k).items():
         cells[loss_type]["range"] = term
-    result = {"cells": cells, "nll_all_masked": float(nll_k[-1]), "nll_one_masked": float(nll_k[0])}
-    if orders:
-        sweep_OB = []
-        for number in range(orders):
-            order_BL = build_order("ar_random", *x_BL.shape, generator=generator(seed, "score order", number))
-            sweep_OB.append(order_nll(model, x_BL, order_BL).mean(axis=1))
-        values = np.stack(sweep_OB)
-        mean, error, deviation = mean_and_error(values) if orders > 1 else (float(values.mean()), math.nan, math.nan)
-        result["orders"] = {"mean": mean, "error": error, "deviation": deviation, "count": orders}
-    if directions:
-        for name in ("ar_forward", "ar_backward"):
-            order_BL = build_order(name, *x_BL.shape)
-            result[name] = float(order_nll(model, x_BL, order_BL).mean())
+    return {"cells": cells, "nll_all_masked": float(nll_k[-1]), "nll_one_masked": float(nll_k[0])}
+
+
+def score_orders(run_dir: str, cache_dir: str, seed: int, settings: dict, orders: int) -> dict:
+    """Likelihood of one model over random orders, whose mean is the bound as well, and over the two fixed ones.
+
+    Args:
+        orders: random orders per sequence, at least 2.
+    """
+    settings = Settings(**settings)
+    model = load_model(run_dir, settings)
+    x_BL = blocks(settings, "test", cache_dir, settings.test_sequences)
+    sweep_OB = []
+    for number in range(orders):
+        order_BL = build_order("ar_random", *x_BL.shape, generator=generator(seed, "score order", number))
+        sweep_OB.append(order_nll(model, x_BL, order_BL).mean(axis=1))
+    mean, error, deviation = mean_and_error(np.stack(sweep_OB))
+    result = {"random": {"mean": mean, "error": error, "deviation": deviation, "count": orders}}
+    for name in ("ar_forward", "ar_backward"):
+        result[name] = float(order_nll(model, x_BL, build_order(name, *x_BL.shape)).mean())
     return result
 
 

@@ -30,8 +30,8 @@ class Settings:
     # Scoring, on the first test blocks
     test_sequences: int = 256
     draws: int = 32  # independent masks per sequence and estimator
-    orders: int = 0  # random orders per sequence for every model
-    sweep_orders: int = 4  # of the lambda_DCE model, which is also scored left to right and back
+    orders: int = 4  # random orders per sequence; each costs as many network calls as there are tokens
+    ordered_losses: tuple[str, ...] = ("lambda_DCE",)  # losses whose networks are scored over orders
     # Sampling
     nfe_steps: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     nfe_rows: int = 16
@@ -51,8 +51,8 @@ SMALL = Settings()
 FULL = replace(
     SMALL,
     geometric_losses=("t_DCE",),
-    orders=4,
-    sweep_orders=8,
+    orders=8,
+    ordered_losses=LOSS_TYPES,
     nfe_rows=128,
     zipf_rows=24,
     ngrams=True,

@@ -50,7 +50,6 @@ hydra:
   searchpath: [pkg://configs.common]
   sweep:
     dir: ${run_dir}
-    subdir: ${hydra:job.override_dirname}
 """
 
 
@@ -73,6 +72,7 @@ def toy(tmp_path: Path, monkeypatch, capsys):
 
     def run(*arguments: str, body=None, print_config: bool = False):
         seen: list[ToyConfig] = []
+        monkeypatch.delenv(cli.SWEPT_VARIABLE, raising=False)
 
         def main(config: ToyConfig) -> int | None:
             seen.append(config)
@@ -191,10 +191,17 @@ def test_a_preempted_run_exits_with_its_own_code_and_ends_a_sweep(toy):
 
 
 def test_jobs_of_a_sweep_have_run_folders_of_their_own(toy):
-    code, seen, err = toy("--multirun", "rate=1,2", "part=small", "run_dir=sweep")
+    code, seen, err = toy("--multirun", "rate=1,2", "must=a/b,c:d", "part=small", "run_dir=sweep")
     assert (code, err) == (0, "")
     folders = [Path(config.run_dir).relative_to(Path.cwd()).as_posix() for config in seen]
-    assert folders == ["sweep/part=small,rate=1", "sweep/part=small,rate=2"]
+    # named after what varies, so that adding a value to the sweep continues the others where they are
+    assert folders == [f"sweep/must={must},rate={rate}" for rate in (1, 2) for must in ("a_b", "c_d")]
+
+
+def test_a_sweep_of_long_values_numbers_its_folders(toy):
+    code, seen, _ = toy("--multirun", f"must={'a' * 150},{'b' * 300}", "run_dir=sweep")
+    assert code == 0
+    assert [Path(config.run_dir).name for config in seen] == [f"must={'a' * 150}", "1"]
 
 
 def test_the_options_are_shown_once_by_the_main_process_only(toy, monkeypatch):

@@ -1,18 +1,22 @@
 """Every plan on two gloo processes trains as one process does, really shards, and resumes bit for bit."""
 
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from common.checkpoint import find_checkpoint, list_checkpoints, load_weights, step_of
 from common.errors import CheckpointError
+from common.optim import decay_groups
 from common.testing.distributed import run_torchrun
 from common.testing.tiny_task import TinyModel, TinyTask, TinyValidation, tiny_config, tiny_loader
 from common.tracking import read_records
-from common.trainer import fit
+from common.trainer import TrainState, fit
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 PLANS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -25,15 +29,26 @@ def numbers(run_dir: Path, skip: tuple[str, ...] = TIMING) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All plans in one start, because importing torch and DeepSpeed is the slow part."""
-    out = tmp_path_factory.mktemp("plans")
+    """All plans in one start, because importing torch and DeepSpeed is the slow part; shared by pytest's workers."""
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if shared else base) / "plans"
+    out.mkdir(exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "done").exists():
+            train_all(out)
+            (out / "done").touch()
+    return out
+
+
+def train_all(out: Path) -> None:
     run_torchrun(WORKER, 2, [out, *PLANS], timeout=240)
     config = tiny_config(out / "one", validate_interval_steps=3, log_interval_steps=2, nonfinite="skip")
     fit(
         TinyTask(poison_step=4), config, train_loader=tiny_loader(config),
         validation_loader=TinyValidation(num_batches=3),
     )  # fmt: skip
-    return out
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -135,3 +150,50 @@ def test_zero_run_cannot_continue_under_another_plan(runs: Path, tmp_path: Path,
 def test_zero_run_cannot_continue_on_another_number_of_processes(runs: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="world_size 2, not 1.*on 2 processes"):
         continue_alone(runs / "zero1" / "whole", tmp_path / "run", "zero1")
+
+
+class OddModel(TinyModel):
+    """Tied and frozen parameters beside the usual ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn, self.back = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.back.weight = self.turn.weight
+        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.back(self.turn(x_BD) + self.frozen))
+
+
+class OddTask(TinyTask):
+    def build_model(self) -> nn.Module:
+        return OddModel()
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict]:
+        return decay_groups(model, weight_decay)
+
+
+class Crash(Exception):
+    every_steps = 3
+
+    def __call__(self, state: TrainState) -> None:
+        raise self
+
+
+def train_odd(run_dir: Path, plan: str, *hooks: Crash) -> None:
+    config = tiny_config(run_dir, plan=plan)
+    fit(OddTask(), config, train_loader=tiny_loader(config), hooks=hooks)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "ddp"])
+def test_tied_frozen_and_grouped_parameters_train_and_resume_under_every_plan(tmp_path: Path, plan: str):
+    train_odd(tmp_path / "one", "none")
+    with pytest.raises(Crash):
+        train_odd(tmp_path / plan, plan, Crash())
+    train_odd(tmp_path / plan, plan)
+    for ema in (True, False):
+        expected, _ = load_weights(tmp_path / "one", ema=ema)
+        got, _ = load_weights(tmp_path / plan, ema=ema)
+        assert got.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)

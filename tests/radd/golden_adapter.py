@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checkpoint import load_weights
 from common.config import OptimConfig, TrackingConfig
@@ -16,6 +17,9 @@ from common.diffusion.corruption import mask_bernoulli, mask_count
 from common.diffusion.schedules import Geometric, LogLinear, build_schedule
 from common.diffusion.time_sampling import decoupled_times, vdm_times
 from common.ema import EMA
+from common.evaluation.diversity import unigram_entropy
+from common.evaluation.generative_perplexity import Scorer, generative_perplexity
+from common.evaluation.perplexity import GroupEstimate, combine, estimate_group
 from common.testing.golden import fill
 from common.tracking import read_records
 from common.trainer import fit
@@ -24,6 +28,7 @@ from radd.config import NoiseConfig, TrainConfig, TrainingConfig
 from radd.detokenizers import DETOKENIZERS
 from radd.losses import SMALLEST_MASK_PROBABILITY, build_order, corrupt, ordered_nll, sequence_losses
 from radd.model import RADD, ModelConfig, apply_rotary, rotary_tables
+from radd.perplexity import loss_rows, token_nll
 from radd.task import RADDTask
 from tests.radd import golden_sampling
 
@@ -280,6 +285,49 @@ def train_steps(name: str, case: Mapping[str, Any], inputs: dict[str, Tensor]) -
     }
 
 
+# ---------------------------------------------------------------- evaluation
+
+
+def ppl_estimator(name: str, case: Mapping[str, Any], inputs: dict[str, Tensor]) -> Arrays:
+    """The evaluation's estimators with the case's draws; losses are those that the outputs name."""
+    config, batches = case["config"], inputs["in_x0"]
+    model = build_model(config)
+    noise_config = config.get("noise", "loglinear")
+    schedule = build_schedule(**(noise_config if isinstance(noise_config, Mapping) else {"type": noise_config}))
+    eps = config.get("sampling_eps") or 1e-3
+    outputs: Arrays = {}
+    for loss_type in (key.removeprefix("out_nll_") for key in case["output_names"] if key.startswith("out_nll_")):
+        groups = []
+        for index, x_BL in enumerate(batches):
+            replicates = []
+            for draw in range(config["monte_carlo_timesteps"]):
+                mine = {key: array[index, draw] for key, array in inputs.items() if key != "in_x0"}
+                draws = loss_draws(loss_type, mine, len(x_BL))
+                replicates.append(loss_rows(loss_type, x_BL, draws, schedule, sampling_eps=eps))
+            values = estimate_group(token_nll(model), x_BL, replicates, mask_id=model.mask_id, batch_size=4)
+            groups.append(GroupEstimate.from_values(*values))
+        bound = combine(groups, batches.shape[-1])
+        outputs[f"out_nll_{loss_type}"] = np.float64(bound.nats_per_token.value * batches.shape[-1])
+        outputs[f"out_ppl_{loss_type}"] = np.float64(bound.perplexity.value)
+    return outputs
+
+
+def gpt2_perplexity(name: str, case: Mapping[str, Any], inputs: dict[str, Tensor]) -> Arrays:
+    config = case["config"]
+    model = GPT2LMHeadModel(GPT2Config(**config["gpt2"], bos_token_id=0, eos_token_id=0)).eval()
+    fill(model.transformer, config["weights_seed"])
+    model.tie_weights()
+    scorer = Scorer(model, "frozen", config["gpt2"]["vocab_size"], config["gpt2"]["n_positions"])
+    scores = generative_perplexity(scorer, list(inputs["in_x"]), batch_size=config["batch"])
+    metrics = {metric.name: np.float64(metric.value) for metric in scores.metrics()}
+    return {
+        "out_seq_nll": np.array(scores.nll) / np.array(scores.count),
+        "out_ppl": metrics["perplexity"],
+        "out_ppl_pooled": metrics["perplexity_pooled"],
+        "out_entropy": np.array([unigram_entropy(row) for row in inputs["in_x"].tolist()]),
+    }
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -309,6 +357,8 @@ HANDLERS: dict[str, Handler] = {
     "exact_bound": exact_bound,
     "ema": ema,
     "train_steps": train_steps,
+    "ppl_estimator": ppl_estimator,
+    "generative_perplexity": gpt2_perplexity,
     "detokenizers": detokenizers,
     "packing": packing,
     **golden_sampling.HANDLERS,

@@ -39,7 +39,7 @@ TINY = dataclasses.replace(
     warmup=2,
     test_sequences=8,
     draws=3,
-    sweep_orders=2,
+    orders=2,
     nfe_steps=(4, 8),
     nfe_rows=4,
     zipf_tokens=100,
@@ -130,7 +130,7 @@ def test_bound_checks_find_a_large_cell_and_a_disagreement():
     assert [check.passed for check in large] == [False, True]
     apart = bound_checks({"k_DCE": row(t_DSE=2.5, t_DCE=2.5, lambda_DCE=2.5, k_DCE=2.45)})
     assert [check.passed for check in apart] == [True, False]
-    off = {"cells": good["cells"], "orders": {"mean": 2.4, "error": 0.001, "deviation": 0.1, "count": 4}}
+    off = {"cells": good["cells"], "orders": {"random": {"mean": 2.4, "error": 0.001, "deviation": 0.1, "count": 4}}}
     assert [check.passed for check in bound_checks({"k_DCE": off})] == [True, True, False]
 
 

@@ -1,0 +1,1 @@
+"""Evaluators with more than one user: perplexity bounds, generative perplexity, diversity, the lm-eval adapter."""
