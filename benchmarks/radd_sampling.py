@@ -26,7 +26,7 @@ from radd.sampler import DiffusionSampler, FirstHittingSampler, denoiser
 
 TOKENS, LENGTH, STEPS, BATCH = 128, 256, 1024, 8
 SMALL_LENGTH = 64  # at small sizes the steps without a change weigh most
-WIDTH, BLOCKS, HEADS = 128, 2, 4
+WIDTH, BLOCKS, HEADS = 64, 2, 2
 CALL_ROWS = 256  # texts over which calls are compared with E-NFE; the plan alone tells them
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # logits of one chunk; larger is faster, up to a point
 CPU_STRIP_COLUMNS = 512
-CPU_BLOCK_ROWS = 64  # rows whose softmax is made at once: 13 MB at 50k classes, within the last-level cache
+CPU_BLOCK_BYTES = 12 * 2**20  # float32 logits whose softmax is made at once, within the last-level cache
+CUDA_BLOCKS = 4  # parts in which a chunk in half precision is turned into float32
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -62,8 +63,10 @@ class _Chunks:
         self.weight_ND = weight_VD[:classes].to(dtype)
         self.bias_N = None if bias_V is None else bias_V[:classes].to(dtype)
         self.logits_CN = hidden_PD.new_empty(rows, classes, dtype=dtype)
-        self.block_rows = min(rows, CPU_BLOCK_ROWS) if hidden_PD.device.type == "cpu" else rows
         self.half = dtype.itemsize < 4
+        self.block_rows = math.ceil(rows / CUDA_BLOCKS) if self.half else rows
+        if hidden_PD.device.type == "cpu":
+            self.block_rows = min(rows, max(1, CPU_BLOCK_BYTES // (4 * classes)))
         self.sum_dtype = torch.float32 if self.half else dtype
         self.block_RN = None
         if self.half:

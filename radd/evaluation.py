@@ -16,7 +16,7 @@ import torch
 
 from common.checkpoint import write_json
 from common.config import PRECISIONS, require_at_least, require_choice
-from common.data.tokenizer import Tokenizer, load_tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError
 from common.evaluation.diversity import diversity
 from common.evaluation.generative_perplexity import DEFAULT_SCORER, GenerativePerplexity, Scorer, load_scorer, score
@@ -26,7 +26,7 @@ from common.parallel import Parallel
 from common.precision import autocast_forward, resolve_precision
 from common.provenance import collect
 from radd.data import build_text_dataset
-from radd.loading import LoadedModel, check_vocabulary, load_model
+from radd.loading import load_model
 from radd.losses import LOSS_TYPES, ORDERED
 from radd.perplexity import ESTIMATORS, REFERENCE_DRAWS, LossEstimator, evaluate_perplexity
 
@@ -142,12 +142,13 @@ def zero_shot(config: EvaluateConfig, parallel: Parallel) -> dict[str, Any]:
         exact_range=config.exact_range,
         seed=config.seed,
     )
-    tokenizer = tokenizer_of(loaded, config.tokenizer)
+    if config.tokenizer is not None:
+        loaded.tokenizer_source = config.tokenizer
     dataset = build_text_dataset(
         config.valid_dataset,
         config.data_split,
         length=config.length or loaded.model.config.length,
-        tokenizer=tokenizer,
+        tokenizer=loaded.load_tokenizer(),
         cache_dir=config.cache_dir,
         group_size=config.group_size,
         progress=config.progress and parallel.is_main,
@@ -176,18 +177,6 @@ def zero_shot(config: EvaluateConfig, parallel: Parallel) -> dict[str, Any]:
     log(RULE)
     suffix = "" if config.estimator == "reference" or config.loss_type in ORDERED else f"_{config.estimator}"
     return _finish(config, parallel, f"{name}{suffix}.json", result.as_dict() | {"documents": dataset.info.documents})
-
-
-def tokenizer_of(loaded: LoadedModel, name: str | None) -> Tokenizer:
-    """The named tokenizer, or the model's own.
-
-    Raises: DataError if it cannot be loaded or has another vocabulary than the model.
-    """
-    if name is None:
-        return loaded.load_tokenizer()
-    tokenizer = load_tokenizer(name)
-    check_vocabulary(tokenizer, loaded.model.tokens, name)
-    return tokenizer
 
 
 # ---------------------------------------------------------------- generative perplexity

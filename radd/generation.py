@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class GenerateConfig:
 
     model_path: str  # run folder, exported folder, the reference's .pth, or hub name
     ema: bool = True  # averaged weights, where the model has both
+    tokenizer: str | None = None  # byte, a folder or a hub name; null: the one the model was trained with
     device: str | None = None  # null: this process's GPU, else the CPU
     model_precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"  # of the network; below fp32 the batch can matter
 
@@ -178,6 +179,9 @@ def generate(config: GenerateConfig, parallel: Parallel | None = None) -> Genera
         file.prepare(config.settings(), overwrite=config.overwrite, resume=config.resume) if parallel.is_main else None
     )
     loaded = load_model(config.model_path, device=device, ema=config.ema)
+    if config.tokenizer is not None:
+        loaded = replace(loaded, tokenizer_source=config.tokenizer)
+        loaded.load_tokenizer()  # asked for by name, so its absence is an error
     model = loaded.model.eval()
     autocast_forward(model, resolve_precision(config.model_precision, device), device)
     sampler = build_sampler(config, model, loaded.schedule)

@@ -40,6 +40,8 @@ from common.checkpoint import (
 from common.data.tokenizer import BYTE_CONFIG_FILE, Tokenizer
 from common.diffusion.schedules import Schedule, build_schedule
 from common.errors import CheckpointError, ConfigError, DataError
+from common.evaluation.masked_model import MaskedLanguageModel
+from common.precision import autocast_forward, resolve_precision
 from radd.data import load_data_tokenizer
 from radd.model import RADD, ModelConfig
 
@@ -132,6 +134,39 @@ def load_model(path_or_hub_name: str | Path, device: torch.device | str = "cpu",
         config=config,
         source=str(path_or_hub_name),
         tokenizer_source=_tokenizer_source(source, config),
+    )
+
+
+def load_denoiser(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    ema: bool = True,
+    precision: str = "fp32",
+    tokenizer: str | None = None,
+    length: int | None = None,
+) -> MaskedLanguageModel:
+    """The model as evaluators of any masked-token model take it (``--model_args loader=radd,pretrained=...``).
+
+    Args:
+        precision: auto, bf16, fp16 or fp32.
+        tokenizer: name or folder; None: the model's own.
+        length: longest sequence; None: the model's training length.
+    Raises: as ``load_model``; DataError without a usable tokenizer.
+    """
+    loaded = load_model(path, device, ema=ema)
+    model, device = loaded.model, torch.device(device)
+    if tokenizer is not None:
+        loaded.tokenizer_source = str(tokenizer)
+    own = loaded.load_tokenizer()
+    autocast_forward(model, resolve_precision(precision, device), device)
+    return MaskedLanguageModel(
+        denoise=lambda tokens_RL, where_RL: model(tokens_RL, where=where_RL),
+        mask_id=model.mask_id,
+        length=length or model.config.length,
+        tokenizer=own,
+        device=device,
+        name=str(path),
     )
 
 
@@ -413,6 +448,7 @@ def save_reference_folder(
     config: Mapping[str, Any],
     *,
     schedule: Schedule | None = None,
+    tokenizer: Tokenizer | None = None,
     model_card: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -422,26 +458,33 @@ def save_reference_folder(
 
     Args:
         config: nested, as ``LoadedModel.config``; see ``reference_config``.
+        tokenizer: written beside the weights.
         overwrite: replace a model that is there, file by file.
 
     Raises: CheckpointError if a model is there already, or the disk is full.
     """
     folder = Path(folder)
     nested = reference_config(config, model, schedule)
-    card = model_card or _card(nested)
     if (folder / MODEL_FILE).exists() and not overwrite:
         raise CheckpointError(
             f"output={folder} holds a model already; choose another folder, or replace it with overwrite=true."
         )
+
+    def write(target: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(target)  # first: it may bring a config or card of its own
+        export_weights(target, model.state_dict(), nested, model_card or _card(nested))
+
     if folder.exists():
-        return export_weights(folder, model.state_dict(), nested, card)
+        write(folder)
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"output={folder} cannot be made ({error.strerror}); choose another folder.") from None
     try:
-        export_weights(temporary, model.state_dict(), nested, card)
+        write(temporary)
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     finally:

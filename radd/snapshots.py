@@ -5,24 +5,26 @@ Dimensions: B texts, L positions.
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from common.checkpoint import export_weights
 from common.data.tokenizer import Tokenizer
 from common.diffusion.absorbing import SampleResult, sample_event_driven, sample_ordered
 from common.diffusion.orders import build_order
-from common.diffusion.schedules import build_schedule
-from common.errors import CheckpointError, DataError
+from common.diffusion.schedules import Schedule, build_schedule
+from common.errors import DataError
 from common.provenance import collect
 from common.seeding import derive_seed
 from common.trainer import TrainState
 from radd.config import TrainConfig
+from radd.loading import REFERENCE_CONFIG, reference_config, save_reference_checkpoint
+from radd.model import RADD
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class Snapshots:
     """Hook of the trainer that writes, every ``training.snapshot_freq`` steps and at the end, into the run folder
 
     * ``snapshots/iter_{step}``: averaged weights, loadable like any exported model;
-    * ``checkpoints/checkpoint_{step}.pth`` in the reference's layout, if ``training.save_reference_pth``;
+    * ``checkpoints/checkpoint_{step}.pth`` and ``.hydra/config.yaml`` for the reference, if
+      ``training.save_reference_pth``;
     * ``samples/iter_{step}/sample_{rank}.txt``, if ``training.snapshot_sampling``: the texts of every process.
 
     Args:
@@ -61,8 +64,7 @@ class Snapshots:
                     state.run_dir / "snapshots" / f"iter_{state.step}", model.state_dict(), self.config, self.tokenizer
                 )
                 if training.save_reference_pth:
-                    path = state.run_dir / "checkpoints" / f"checkpoint_{state.step}.pth"
-                    save_reference_pth(path, model, state.step, training.ema)
+                    save_reference_files(state.run_dir, model, state.step, self.config, self.schedule)
             if not training.snapshot_sampling:
                 return None
             rows = self.config.sampling.batch_size or state.config.batch.micro_size
@@ -153,25 +155,17 @@ The whole configuration:
 """
 
 
-def save_reference_pth(path: Path, model: nn.Module, step: int, decay: float | None) -> None:
-    """Writes averaged weights as the reference's ``.pth``: entries ``model``, ``ema`` and ``step``.
+def save_reference_files(run_dir: Path, model: RADD, step: int, config: TrainConfig, schedule: Schedule) -> None:
+    """Writes ``checkpoints/checkpoint_{step}.pth`` and ``.hydra/config.yaml``, where the reference looks for them.
 
-    The reference reads it for sampling and evaluation. It cannot continue training from it: ``model`` holds the
-    averaged weights as well, and there is no optimizer state; our own checkpoints are for that.
+    It can sample from and evaluate the file, but not continue training: ``model`` holds the averaged weights as well,
+    and there is no optimizer state. Our own checkpoints are for that.
     """
-    shadow = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad]
-    content = {
-        "model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()},
-        "ema": {"decay": decay if decay is not None else 0.0, "num_updates": step, "shadow_params": shadow},
-        "step": step,
-    }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"could not write {path}: {error}. Free disk space, or save_reference_pth=false."
-        ) from None
+    decay = config.training.ema
+    path = run_dir / "checkpoints" / f"checkpoint_{step}.pth"
+    save_reference_checkpoint(
+        path, model.state_dict(), step=step, decay=0.0 if decay is None else decay, overwrite=True
+    )
+    nested = run_dir / REFERENCE_CONFIG
+    nested.parent.mkdir(exist_ok=True)
+    nested.write_text(OmegaConf.to_yaml(OmegaConf.create(reference_config(asdict(config), model, schedule))))

@@ -21,6 +21,7 @@ from common.data.loader import build_train_loader, build_validation_loader
 from common.data.tokenizer import Tokenizer
 from common.dry_run import estimate, print_estimate
 from common.errors import ConfigError
+from common.evaluation.generative_perplexity import snapshot_scorer
 from common.trainer import FitResult, fit
 from radd.config import TrainConfig
 from radd.data import build_text_dataset, build_text_stream, load_data_tokenizer
@@ -102,7 +103,8 @@ def run(config: TrainConfig, trainer: TrainerConfig, tokenizer: Tokenizer) -> Fi
         validation_loader = build_validation_loader(
             held_out, batch_size=config.eval.micro_batch_size, max_samples=config.eval.batch_size
         )
-    hooks = [Snapshots(config, tokenizer)] if config.training.snapshot_freq else []
+    scorer = snapshot_scorer(config.gpt_dir, batch_size=config.eval.perplexity_batch_size)
+    hooks = [Snapshots(config, tokenizer, scorer)] if config.training.snapshot_freq else []
     return fit(
         RADDTask(config),
         trainer,

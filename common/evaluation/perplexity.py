@@ -220,7 +220,7 @@ def estimate_group(
     def flush() -> None:
         if not waiting:
             return
-        joined = _join(waiting)
+        joined = join_rows(waiting)
         value_R = evaluate_rows(nll, x_BL, joined, mask_id=mask_id, batch_size=batch_size)
         for rows, part_R in zip(waiting, value_R.split([len(rows) for rows in waiting]), strict=True):
             values.append(torch.zeros(len(x_BL), dtype=torch.float64).index_add_(0, rows.sequence_R, part_R))
@@ -235,7 +235,8 @@ def estimate_group(
     return torch.stack(values), count
 
 
-def _join(parts: Sequence[MaskedRows]) -> MaskedRows:
+def join_rows(parts: Sequence[MaskedRows]) -> MaskedRows:
+    """Rows of several replicates, one after the other; all of one length."""
     with_offset = any(rows.offset_R is not None for rows in parts)
     offsets = [torch.zeros(len(rows)) if rows.offset_R is None else rows.offset_R for rows in parts]
     return MaskedRows(

@@ -92,6 +92,12 @@ def test_every_method_fills_the_text_whatever_the_batch(config: GenerateConfig, 
         assert all(row[:1] + row[3:5] + row[30:33] == [67, 65, 66, 97, 98, 99] for row in tokens)
 
 
+def test_a_tokenizer_can_be_named(config: GenerateConfig):
+    assert generate(replace(config, tokenizer="byte")).records[0].text is not None
+    with pytest.raises(DataError, match="no-such-folder"):
+        generate(replace(config, tokenizer="./no-such-folder"))
+
+
 def test_more_texts_or_another_seed(config: GenerateConfig):
     assert tokens_of(replace(config, num_samples=2)) == tokens_of(config)[:2]
     assert tokens_of(replace(config, seed=1)) != tokens_of(config)

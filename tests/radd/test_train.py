@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from common import cli
 from common.checkpoint import find_checkpoint
 from common.tracking import read_records
+from radd.loading import load_model
 from radd.train import main
 
 SMALL = [
@@ -127,6 +128,37 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_a_mark(train, monkeypatch):
     assert not Path("run/export").exists()
 
 
+class ByteScorer(torch.nn.Module):
+    """A causal language model that finds all 128 tokens equally likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, **options):
+        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 128)})
+
+
+def test_texts_of_a_snapshot_are_scored_whatever_the_batch_of_the_scorer(train, monkeypatch):
+    from common.evaluation import generative_perplexity
+
+    scorer = generative_perplexity.Scorer(ByteScorer().eval(), "bytes", 128, 64)
+    monkeypatch.setattr(generative_perplexity, "load_scorer", lambda name, device: scorer)
+    # 3 texts, 16 at a time: the reference divides by zero here
+    overrides = ["training.n_iters=1", "training.snapshot_freq=1", "sampling.batch_size=3", "sampling.steps=2"]
+    assert train(*overrides, "eval.perplexity=true", "training.eval_freq=0")[0] == 0
+    assert read_records(Path("run"))[-1]["snapshot/generative_perplexity"] == pytest.approx(128, rel=1e-4)
+
+
+def test_a_missing_scorer_is_a_warning_and_not_the_end_of_the_run(train, caplog):
+    overrides = ["training.n_iters=1", "training.snapshot_freq=1", "sampling.batch_size=1", "sampling.steps=2"]
+    code, _, _ = train(*overrides, "eval.perplexity=true", "gpt_dir=./nowhere", "training.eval_freq=0")
+    assert code == 0
+    assert "texts are not scored: the scorer's folder './nowhere' does not exist" in caplog.text
+    assert "snapshot/generative_perplexity" not in read_records(Path("run"))[-1]
+    assert Path("run/samples/iter_1/sample_0.txt").is_file()
+
+
 @pytest.mark.parametrize("predictor", ["euler", "tweedie", "ordered", "first_hitting"])
 def test_snapshots_hold_weights_and_texts(train, predictor: str):
     code, _, err = train(
@@ -146,6 +178,16 @@ def test_snapshots_hold_weights_and_texts(train, predictor: str):
         for name, shadow in zip(names, saved["ema"]["shadow_params"], strict=True):
             assert shadow.equal(weights[name]), name
     assert Path("run/checkpoints/step_00000002").is_dir()
+
+
+@pytest.mark.parametrize("path", ["run/snapshots/iter_2", "run/checkpoints/checkpoint_2.pth", "run/export", "run"])
+def test_what_a_run_leaves_loads_as_a_model(train, path: str):
+    overrides = ["training.n_iters=2", "training.snapshot_freq=2", "training.snapshot_sampling=false"]
+    assert train(*overrides, "training.save_reference_pth=true", "training.eval_freq=0")[0] == 0
+    loaded = load_model(path)
+    for name, tensor in load_file("run/export/model.safetensors").items():
+        assert loaded.model.state_dict()[name].equal(tensor), name
+    assert loaded.tokenizer.vocab_size == 128
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(train):

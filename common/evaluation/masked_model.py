@@ -1,0 +1,68 @@
+"""A masked-token language model as evaluators see it, and how a paper's loader is found without importing the paper."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.data.tokenizer import Tokenizer
+from common.errors import ConfigError
+from common.evaluation.perplexity import Denoiser
+
+LOADER_FUNCTION = "loading:load_denoiser"  # what `loader=<package>` stands for
+
+
+@dataclass(frozen=True)
+class MaskedLanguageModel:
+    """A denoiser and what is needed to feed it text.
+
+    Attributes:
+        denoise: ``denoise(tokens_RL, where_RL) -> log_probs_PV``.
+        mask_id: id of the mask.
+        length: longest sequence, in tokens.
+        tokenizer: of its N real tokens.
+        device: where the denoiser's inputs go.
+        name: for reports.
+    """
+
+    denoise: Denoiser
+    mask_id: int
+    length: int
+    tokenizer: Tokenizer
+    device: torch.device
+    name: str = "model"
+
+
+def find_loader(name: str) -> Callable[..., MaskedLanguageModel]:
+    """The function ``load(path, device, **options) -> MaskedLanguageModel`` called ``package.module:function``.
+
+    A package alone stands for its ``loading:load_denoiser``.
+
+    Raises: ConfigError if there is no such function.
+    """
+    module_name, _, function = (name if ":" in name else f"{name}.{LOADER_FUNCTION}").partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"loader={name} cannot be used ({error}); give package.module:function, or a package of this repository "
+            "such as radd."
+        ) from None
+
+
+def load_masked_model(loader: str, path: str, device: torch.device | str, **options: Any) -> MaskedLanguageModel:
+    """The model at ``path``, by the loader of that name (see ``find_loader``).
+
+    Raises: ConfigError for an option that the loader does not have, with those it has.
+    """
+    load = find_loader(loader)
+    known = [name for name in inspect.signature(load).parameters if name not in ("path", "device")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]}={options[unknown[0]]} is no option of loader={loader}; it has {', '.join(known)}."
+        )
+    return load(path, device, **options)
