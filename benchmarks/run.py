@@ -3,7 +3,7 @@
     python -m benchmarks.run                          all of them
     python -m benchmarks.run radd_sampling            some of them
     python -m benchmarks.run --list                   what there is
-    python -m benchmarks.run --results /tmp/mine.md   leave the repository's table alone
+    python -m benchmarks.run --results mine.md        leave the repository's table alone
 
 A benchmark is a file of this folder with a function ``measure() -> dict``; one whose ``measure`` needs arguments is run
 as a script with ``--json FILE`` instead. Each runs in a process of its own, so that the peak memory and the caches of

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.data.tokenizer import Tokenizer
 
 BLOCK = "\N{LIGHT SHADE}"
+CONTROL = "\N{MIDDLE DOT}"
 REFRESHES_PER_SECOND = 12
 
 
@@ -34,6 +35,8 @@ class DenoisingView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.__exit__(kind, error, trace)
+        if not self._live.console.is_terminal:
+            self._live.console.print()  # a pipe gets the last frame only, without the end of its line
 
     def __call__(self, index_R: Tensor, tokens_RL: Tensor) -> None:
         row = int(index_R.min())
@@ -67,4 +70,5 @@ class DenoisingView:
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
             return " ".join(map(str, ids)) + " "
-        return self._tokenizer.decode(ids)
+        # control characters, which an untrained model writes too, would move the cursor
+        return "".join(c if c.isprintable() or c == "\n" else CONTROL for c in self._tokenizer.decode(ids))

@@ -4,7 +4,6 @@ Results go to ``work_dir``: the reference's log file, a JSON file with numbers, 
 partial results that let an interrupted evaluation continue.
 """
 
-import logging
 import re
 import time
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ class EvaluateConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"  # of the network; the reference has fp16
     progress: bool = True  # progress bar of the main process, on stderr
     cache_dir: str = "data"  # downloads and token caches
+    max_samples: int | None = None  # score the first so many blocks (or samples); null: all
 
     model_path: str | None = None  # run folder, exported folder, the reference's .pth, or hub name
     ema: bool = True  # averaged weights, where the model has both
@@ -56,7 +56,6 @@ class EvaluateConfig:
     length: int | None = None  # tokens per block; null: the model's training length
     tokenizer: str | None = None  # null: the model's
     group_size: int | None = None  # documents packed together, dropping each group's tail; 1000 is the reference
-    max_sequences: int | None = None  # score the first so many blocks; null: all
     loss_type: Literal["t_DSE", "t_DCE", "lambda_DCE", "k_DCE", "ar_forward", "ar_backward", "ar_random"] = "lambda_DCE"
     estimator: Literal["reference", "low_variance"] = "reference"
     monte_carlo_timesteps: int | None = None  # draws; null: 1024 (reference), 256 (low_variance), 1 (ar_*)
@@ -66,7 +65,6 @@ class EvaluateConfig:
     samples: str | None = None  # generative_perplexity: the .jsonl file of radd.generate
     scorer: str = DEFAULT_SCORER  # generative_perplexity: causal language model, local folder or hub name
     retokenise: bool = False  # generative_perplexity: score the text in the scorer's own tokens
-    max_samples: int | None = None  # generative_perplexity: score the first so many; null: all
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
@@ -74,7 +72,7 @@ class EvaluateConfig:
         require_choice("loss_type", self.loss_type, (*LOSS_TYPES, *ORDERED))
         require_choice("estimator", self.estimator, ESTIMATORS)
         require_at_least("batch_size", self.batch_size, 1)
-        for name in ("ngpus", "length", "group_size", "max_sequences", "max_samples", "monte_carlo_timesteps"):
+        for name in ("ngpus", "length", "group_size", "max_samples", "monte_carlo_timesteps"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         if not self.work_dir:
@@ -166,7 +164,7 @@ def zero_shot(config: EvaluateConfig, parallel: Parallel) -> dict[str, Any]:
         parallel=parallel,
         work_dir=config.work_dir,
         name=name,
-        max_sequences=config.max_sequences,
+        max_samples=config.max_samples,
         source=precision,
         progress=config.progress,
     )
@@ -244,9 +242,6 @@ class Log:
     """
 
     def __init__(self, work_dir: str, name: str, is_main: bool) -> None:
-        self._logger = logging.getLogger(f"{__name__}.{name}")
-        self._logger.setLevel(logging.INFO if is_main else logging.CRITICAL)
-        self._logger.propagate = False
         self._path = Path(work_dir) / name
         self._is_main = is_main
         if not is_main:

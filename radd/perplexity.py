@@ -259,7 +259,7 @@ def evaluate_perplexity(
     parallel: Parallel,
     work_dir: str,
     name: str,
-    max_sequences: int | None = None,
+    max_samples: int | None = None,
     source: str = "",
     progress: bool = True,
 ) -> PerplexityResult:
@@ -273,12 +273,12 @@ def evaluate_perplexity(
         model: in eval mode, on ``parallel.device``.
         batch_size: rows per forward pass.
         name: of the evaluation, for files.
-        max_sequences: score the first so many blocks only.
+        max_samples: score the first so many blocks only.
         source: further things that decide the values, such as the precision.
 
     Raises: DataError for tokens outside the model's vocabulary or an NLL that is not a number.
     """
-    blocks = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
+    blocks = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     settings = {
         "estimator": {key: str(value) for key, value in asdict(estimator).items() if key != "schedule"},
         "schedule": str(estimator.schedule),

@@ -28,11 +28,13 @@ from common.report.provenance import usable_cores
 from common.report.section_folder import RESULTS, holds_section, save_section
 from common.report.tables import checks_table
 from radd.reproduction.jobs import Job, run_jobs
-from radd.reproduction.results import ONE_STAGE, build_section
+from radd.reproduction.results import build_section
+from radd.reproduction.sampling import ONE_STAGE
 from radd.reproduction.settings import FULL, SMALL, Settings, seeds
 from radd.reproduction.training import Interrupted
 
 MARKER = "reproduction.json"  # makes a folder ours
+PRESENTATION = ("checks.py", "figures.py", "results.py", "reproduce.py")  # results may be shown anew by other code
 SOURCES = Path(__file__).resolve().parents[1]
 
 
@@ -41,7 +43,7 @@ def source_revision() -> str:
     digest = hashlib.sha256()
     for package in ("common", "radd"):
         for path in sorted((SOURCES / package).rglob("*.py")):
-            if "report" not in path.parts and path.name not in ("results.py", "reproduce.py"):
+            if "report" not in path.parts and path.name not in PRESENTATION:
                 digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

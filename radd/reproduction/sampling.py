@@ -18,6 +18,8 @@ from radd.reproduction.scoring import load_model
 from radd.reproduction.settings import Settings
 from radd.sampler import DiffusionSampler
 
+ONE_STAGE = ("float64", "float32", "float16-compat")
+BIASED = ("float32", "float16-compat")  # one-stage draws in these precisions lose rare tokens
 TAIL_RANK = 1000  # tokens of at least this rank (from 0) are the tail
 
 

@@ -182,7 +182,7 @@ def test_damaged_and_misfitting_pth_are_named(tmp_path, model):
             load_model(tmp_path / name)
     shadows = [p.detach() for p in model.parameters()]
     for wrong, message in (
-        (shadows[:-1], "28 averaged tensors for 29|averaged tensors"),
+        (shadows[:-1], "averaged tensors"),
         (shadows[::-1], "does not fit"),
     ):
         torch.save({"model": model.state_dict(), "ema": {"shadow_params": wrong}}, tmp_path / "bad.pth")

@@ -22,8 +22,8 @@ from radd.bound import t_dce_excess
 from radd.losses import build_order, ordered_nll
 from radd.model import RADD, ModelConfig
 from radd.reproduce import claim, main, plan, reproduce
+from radd.reproduction.checks import bound_checks, calls_check, joint_deviation, precision_checks
 from radd.reproduction.jobs import Job, run_jobs
-from radd.reproduction.results import bound_checks, calls_check, joint_deviation, precision_checks
 from radd.reproduction.sampling import tail_share, zipf
 from radd.reproduction.scoring import mean_and_error, ngram_nll, nll_by_count, order_nll, range_terms, unigram_nll
 from radd.reproduction.settings import FULL, SMALL, seeds
@@ -241,6 +241,20 @@ def test_other_sources_are_not_mixed_with_kept_results(finished: Path):
     assert all(a.fingerprint("0" * 64) != b.fingerprint("1" * 64) for a, b in zip(old, new))
     run_dirs = [{job.arguments["run_dir"] for job in jobs if job.name.startswith("train")} for jobs in (old, new)]
     assert not run_dirs[0] & run_dirs[1]
+
+
+def test_seeds_and_geometric_noise_reach_the_section(tmp_path: Path):
+    full = dataclasses.replace(
+        TINY, loss_types=("t_DCE",), geometric_losses=("t_DCE",), ordered_losses=("t_DCE",), steps=4
+    )
+    reproduce(tmp_path / "radd", full, [0, 1], processes=0)
+    section = load_section(tmp_path / "radd")
+    tables = {table.name: table for table in section.tables}
+    assert {"seeds", "calls-geometric", "calls-loglinear"} <= tables.keys()
+    assert tables["baselines"].rows[0][0] == "unigram"
+    assert tables["seeds"].rows[0][1] == 2
+    assert sum("(seed 1)" in check.claim for check in section.checks) == 8
+    assert any("geometric" in check.claim for check in section.checks)
 
 
 def test_full_plan_has_more_seeds_and_baselines(tmp_path: Path):
