@@ -196,7 +196,7 @@ def generate(config: GenerateConfig, parallel: Parallel | None = None) -> Genera
     ):
         finished = sampler.stream(tokens_L, mine, seed=config.seed, max_rows=config.batch_size, on_launch=view)
         shown = config.progress and not config.show and parallel.is_main
-        for row in tqdm(finished, total=len(mine), unit="text", disable=not shown, leave=False):
+        for row in tqdm(finished, total=len(mine), unit="text", disable=None if shown else True, leave=False):
             launches, calls = max(launches, row.launches), calls + row.calls
             tokens = row.tokens_L.tolist()
             file.append(

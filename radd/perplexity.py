@@ -291,7 +291,7 @@ def evaluate_perplexity(
     groups = math.ceil(blocks / GROUP_SIZE)
     todo = partial.pending(groups)
     started = time.perf_counter()
-    bar = tqdm(todo, desc=name, unit="group", disable=not (progress and parallel.is_main), leave=False)
+    bar = tqdm(todo, desc=name, unit="group", disable=None if progress and parallel.is_main else True, leave=False)
     for group in bar:
         first = group * GROUP_SIZE
         x_BL = dataset.fetch(list(range(first, min(first + GROUP_SIZE, blocks))))["tokens"]
