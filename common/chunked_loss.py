@@ -21,6 +21,7 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # logits of one chunk; larger is faster, up to a point
 CPU_STRIP_COLUMNS = 512
+CPU_HALF_STRIP_COLUMNS = 8192  # of the head's gradient in half precision, whose strips stay in the cache
 CPU_BLOCK_BYTES = 12 * 2**20  # float32 logits whose softmax is made at once, within the last-level cache
 CUDA_BLOCKS = 4  # parts in which a chunk in half precision is turned into float32
 
@@ -141,11 +142,14 @@ class _Chunks:
             return
         # Weights relative to the largest, which is multiplied in float32: float16 would overflow at 65,504.
         scale = weight_C.abs().amax().clamp_min(1e-30)
-        product_ND = grad_CN.T @ (self.hidden_PD[chunk] * (weight_C / scale)[:, None].to(self.dtype))
-        if first:
-            total_ND.copy_(product_ND).mul_(scale)
-        else:
-            total_ND.add_(product_ND.float().mul_(scale))
+        weighted_CD = self.hidden_PD[chunk] * (weight_C / scale)[:, None].to(self.dtype)
+        strip = CPU_HALF_STRIP_COLUMNS if grad_CN.device.type == "cpu" else self.classes
+        for columns in _slices(0, self.classes, strip):
+            product_SD = grad_CN[:, columns].T @ weighted_CD
+            if first:
+                total_ND[columns].copy_(product_SD).mul_(scale)
+            else:
+                total_ND[columns].addcmul_(product_SD.float(), scale)
 
     def gradients(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
         """Gradients in the dtypes of the inputs."""
