@@ -122,7 +122,7 @@ def test_a_process_without_any_masked_token_does_not_stall_or_change_the_others(
 
 
 def test_a_tiny_model_learns_more_than_byte_frequencies():
-    """Three seconds of training beat the entropy of single bytes (3.2 nats) on unseen pages of the language reference.
+    """A few seconds of training beat the entropy of single bytes (3.2 nats) on unseen pages of the language reference.
 
     The bound that k_DCE estimates counts nats per byte, so anything below the unigram entropy is use of context.
     """
@@ -140,12 +140,12 @@ def test_a_tiny_model_learns_more_than_byte_frequencies():
     model = task.build_model()
     optimizer = build_optimizer(task.param_groups(model, 0.0), OptimConfig(lr=6e-3, beta2=0.98), torch.device("cpu"))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    for step in range(300):
+    for step in range(450):
         batch = {"tokens": train[order[torch.arange(step * 32, (step + 1) * 32) % len(order)]]}
         draws = task.draw(step, 32)
         loss = task.training_step(model, batch, draws).loss_sum / task.count(batch, draws)
         for group in optimizer.param_groups:
-            group["lr"] = 6e-3 * min((step + 1) / 20, 1 - step / 315)
+            group["lr"] = 6e-3 * min((step + 1) / 20, 1 - step / 470)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
