@@ -155,4 +155,4 @@ def test_a_tiny_model_learns_more_than_byte_frequencies():
     with torch.no_grad():
         draws = task.validation_draw(0, 256)
         bound = task.validation_step(model, held_out, draws).loss_sum.item() / task.count(held_out, draws)
-    assert bound < unigram - 0.1, f"bound {bound:.3f}, unigram {unigram:.3f} nats per byte; 3.06 and 3.25 were seen"
+    assert bound < unigram - 0.1, f"bound {bound:.3f}, unigram {unigram:.3f} nats per byte; 2.99 and 3.25 were seen"
