@@ -29,8 +29,9 @@ from common.evaluation.metric import Metric, mean_metric, perplexity_metric
 from common.seeding import generator
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-TokenNLL = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``nll(z_RL, x_RL, where_RL) -> nll_P``: float32 nats of the tokens ``x_RL[where_RL]`` predicted from ``z_RL``."""
+TokenNLL = Callable[..., Tensor]
+"""``nll(z_RL, x_RL, where_RL) -> nll_P``: float32 nats of the tokens ``x_RL[where_RL]`` predicted from ``z_RL``. With
+padded rows there is a fourth argument ``visible_RL`` (bool), outside of which nothing may be attended to."""
 
 SWEEP_SIZE = 16  # counts per sweep; measured: longer sweeps share one order for too many contexts
 GROUP_SIZE = 16  # sequences that share strata; the reference's default batch
@@ -166,35 +167,55 @@ def sweep_sizes(draws: int, length: int) -> list[int]:
 
 
 def sweep_replicates(
-    first: int, batch: int, length: int, *, draws: int, seed: int, count_weight_L: Tensor | None = None
+    first: int,
+    batch: int,
+    length: int,
+    *,
+    draws: int,
+    seed: int,
+    count_weight_L: Tensor | None = None,
+    given: int = 0,
 ) -> Iterator[MaskedRows]:
     """The low-variance estimator's replicates for sequences ``first .. first + batch - 1`` of the test set.
 
     Offsets of the group's sequences are stratified; orders come from a generator per sequence.
 
     Args:
+        length: tokens of a sequence that are scored.
         draws: network rows per sequence.
         count_weight_L: see ``sweep_rows``.
+        given: tokens before them that stay visible, for example a beginning-of-text token.
     """
     order_rng = [generator(seed, "sweep order", first + index) for index in range(batch)]
     offset_rng = generator(seed, "sweep offset", first)
     for size in sweep_sizes(draws, length):
         order_BL = torch.stack([torch.randperm(length, generator=rng) for rng in order_rng])
+        order_BL = torch.nn.functional.pad(order_BL, (given, 0), value=-1)
         uniform_B = torch.rand(batch, generator=offset_rng, dtype=torch.float64)
         offset_B = (torch.randperm(batch, generator=offset_rng) + uniform_B) / batch
-        yield sweep_rows(order_BL, offset_B, size, count_weight_L=count_weight_L)
+        yield sweep_rows(order_BL, offset_B, size, count_weight_L=count_weight_L, length=length)
 
 
 # ---------------------------------------------------------------- evaluating them
 
 
 @torch.no_grad()
-def evaluate_rows(nll: TokenNLL, x_BL: Tensor, rows: MaskedRows, *, mask_id: int, batch_size: int) -> Tensor:
+def evaluate_rows(
+    nll: TokenNLL,
+    x_BL: Tensor,
+    rows: MaskedRows,
+    *,
+    mask_id: int,
+    batch_size: int,
+    lengths_B: Tensor | None = None,
+) -> Tensor:
     """The value of every row in nats, float64 on the CPU.
 
     Args:
         x_BL: the sequences, on the network's device.
         batch_size: rows per forward pass.
+        lengths_B: of sequences that are padded on the right; a pass is cut to its longest, and equally long rows need
+            no attention mask, so order the rows by length. None: nothing is padded.
     """
     value_R = torch.zeros(len(rows), dtype=torch.float64)
     for start in range(0, len(rows), batch_size):
@@ -202,10 +223,18 @@ def evaluate_rows(nll: TokenNLL, x_BL: Tensor, rows: MaskedRows, *, mask_id: int
         masked_RL = rows.masked_RL[part].to(x_BL.device)
         weight_RL = rows.weight_RL[part].to(x_BL.device)
         x_RL = x_BL[rows.sequence_R[part].to(x_BL.device)]
+        visible_RL = None
+        if lengths_B is not None:
+            length_R = lengths_B[rows.sequence_R[part].to(lengths_B.device)]
+            longest = int(length_R.max())
+            x_RL, masked_RL, weight_RL = x_RL[:, :longest], masked_RL[:, :longest], weight_RL[:, :longest]
+            if int(length_R.min()) < longest:
+                visible_RL = (torch.arange(longest) < length_R.cpu()[:, None]).to(x_BL.device)
         scored_RL = weight_RL != 0
         if not bool(scored_RL.any()):
             continue
-        nll_P = nll(x_RL.masked_fill(masked_RL, mask_id), x_RL, scored_RL)
+        padding = () if visible_RL is None else (visible_RL,)
+        nll_P = nll(x_RL.masked_fill(masked_RL, mask_id), x_RL, scored_RL, *padding)
         row_P = scored_RL.nonzero()[:, 0].cpu()
         value_R[part].index_add_(0, row_P, (nll_P.double() * weight_RL[scored_RL].double()).cpu())
     return value_R if rows.offset_R is None else value_R + rows.offset_R.double().cpu()
