@@ -19,10 +19,11 @@ from collections.abc import Callable
 import torch
 
 from common.diffusion.nfe import loglinear_nfe, update_rate
+from common.diffusion.samplers import DiffusionSampler, FirstHittingSampler
 from common.diffusion.schedules import LogLinear
 from common.diffusion.stepwise import sample_stepwise
 from radd.model import RADD, ModelConfig
-from radd.sampler import DiffusionSampler, FirstHittingSampler, denoiser
+from radd.sampler import denoiser, network
 
 TOKENS, LENGTH, STEPS, BATCH = 128, 256, 1024, 8
 SMALL_LENGTH = 64  # at small sizes the steps without a change weigh most
@@ -52,8 +53,8 @@ def interleaved(candidates: dict[str, Callable[[], float]], pairs: int) -> dict[
 
 def compare(model: RADD, length: int, pairs: int) -> dict[str, float]:
     """Times, calls and launches of the samplers for one text length."""
-    sampler = DiffusionSampler(model, LogLinear(), steps=STEPS)
-    hitting = FirstHittingSampler(model)
+    sampler = DiffusionSampler(network(model), LogLinear(), steps=STEPS)
+    hitting = FirstHittingSampler(network(model))
     tokens_BL = sampler.canvas(BATCH, length)
     rate_S = update_rate(LogLinear(), "tweedie", STEPS)
     results: dict[str, object] = {}
@@ -87,7 +88,7 @@ def compare(model: RADD, length: int, pairs: int) -> dict[str, float]:
 
 def calls_against_expectation(model: RADD) -> dict[str, float]:
     """Mean calls of many texts and their distance from E-NFE in standard errors, from the plans alone."""
-    sampler = DiffusionSampler(model, LogLinear(), steps=STEPS)
+    sampler = DiffusionSampler(network(model), LogLinear(), steps=STEPS)
     levels_BL = torch.rand(CALL_ROWS, LENGTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     free_BL = torch.ones(CALL_ROWS, LENGTH, dtype=torch.bool)
     calls_B = sampler.events(levels_BL, free_BL, torch.arange(CALL_ROWS), 0).amax(1) + 1

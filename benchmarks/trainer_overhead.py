@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from common.config import BatchConfig, OptimConfig, TrackingConfig, TrainerConfig
+from common.data.corpora import build_text_dataset
 from common.data.loader import build_train_loader
 from common.data.tokenizer import ByteTokenizer
 from common.optim import learning_rate
 from common.trainer import fit
 from radd.config import TrainConfig, TrainingConfig
-from radd.data import build_text_dataset
 from radd.losses import corrupt
 from radd.model import ModelConfig
 from radd.task import RADDTask

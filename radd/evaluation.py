@@ -15,6 +15,7 @@ import torch
 
 from common.checkpoint import write_json
 from common.config import PRECISIONS, require_at_least, require_choice
+from common.data.corpora import build_text_dataset
 from common.data.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError
 from common.evaluation.diversity import diversity
@@ -24,7 +25,6 @@ from common.evaluation.samples import Sample, read_samples
 from common.parallel import Parallel
 from common.precision import autocast_forward, resolve_precision
 from common.provenance import collect
-from radd.data import build_text_dataset
 from radd.loading import load_model
 from radd.losses import LOSS_TYPES, ORDERED
 from radd.perplexity import ESTIMATORS, REFERENCE_DRAWS, LossEstimator, evaluate_perplexity

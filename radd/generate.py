@@ -10,9 +10,9 @@ The texts do not depend on the batch size or the number of processes. Options: `
 import sys
 
 from common.cli import run
+from common.generation.sample_file import texts
 from common.parallel import start
 from radd.generation import GenerateConfig, generate
-from radd.sample_file import texts
 
 
 def main(config: GenerateConfig) -> None:

@@ -6,33 +6,37 @@ Dimensions: L positions.
 import hashlib
 import json
 import logging
-import math
-import time
-from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.config import PRECISIONS as MODEL_PRECISIONS
 from common.config import require_at_least, require_choice
-from common.data.tokenizer import Tokenizer
+from common.diffusion.absorbing import FinishedRow
 from common.diffusion.categorical import PRECISIONS, STRATEGIES, TokenDraw
 from common.diffusion.nfe import DEFAULT_EPS, METHODS, require_steps
 from common.diffusion.orders import ORDERS, SELECTION_ORDERS, SelectionRule, check_order
+from common.diffusion.samplers import (
+    DiffusionSampler,
+    FirstHittingSampler,
+    OrderedSampler,
+    Sampler,
+    SelectionSampler,
+)
 from common.diffusion.schedules import Schedule
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
+from common.generation.denoising_view import DenoisingView
+from common.generation.given import read_fixed, read_json, to_ids
+from common.generation.run import Generation, write_rows
+from common.generation.sample_file import SampleFile, SampleRecord
 from common.parallel import Parallel
 from common.precision import autocast_forward, resolve_precision
 from common.provenance import git_revision
-from radd.denoising_view import DenoisingView
 from radd.loading import LoadedModel, load_model
-from radd.sample_file import SampleFile, SampleRecord
-from radd.sampler import Calls, DiffusionSampler, FirstHittingSampler, OrderedSampler, Sampler, SelectionSampler
+from radd.sampler import network
 
 GENERATION_METHODS = (*METHODS, "ordered", "first_hitting", "parallel")
 EXECUTIONS = ("event", "stepwise")
@@ -102,9 +106,7 @@ class GenerateConfig:
                 require_at_least(name, getattr(self, name), 1)
         if self.overwrite and self.resume:
             raise ConfigError("overwrite=true and resume=true contradict each other; set one of them.")
-        TokenDraw(
-            strategy=self.strategy, para=self.strategy_para, temperature=self.temperature, precision=self.precision
-        )
+        self.draw()
         if self.precision == "float16-compat" and (self.sampler != "stepwise" or self.method not in METHODS):
             raise ConfigError(
                 "precision=float16-compat repeats the reference's one-stage draw; it needs sampler=stepwise and "
@@ -120,6 +122,12 @@ class GenerateConfig:
         """Texts in all."""
         return self.num_samples or self.batch_size
 
+    def draw(self) -> TokenDraw:
+        """How tokens are drawn."""
+        return TokenDraw(
+            strategy=self.strategy, para=self.strategy_para, temperature=self.temperature, precision=self.precision
+        )
+
     def selection_rule(self) -> SelectionRule:
         """How method=parallel chooses positions; ``steps`` is the limit unless another one is given."""
         limits = {"per_call": self.per_call, "threshold": self.threshold, "entropy_bound": self.entropy_bound}
@@ -132,37 +140,6 @@ class GenerateConfig:
         decisive = {name: value for name, value in asdict(self).items() if name not in COST_ONLY}
         text = json.dumps(decisive, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass
-class Generation:
-    """Texts and what they cost, over all processes.
-
-    Attributes:
-        records: all texts by row number (on other processes than the main one: those of this process).
-        expected: calls that a row should need.
-        launches, rows, calls: of this invocation (rows kept from an earlier one cost nothing), summed over processes.
-        seconds: wall time of the sampling, the slowest process's.
-    """
-
-    records: list[SampleRecord]
-    expected: Calls
-    launches: int = 0
-    rows: int = 0
-    calls: int = 0
-    seconds: float = 0.0
-
-    def summary(self) -> str:
-        """Measured against expected calls, in one line."""
-        if not self.rows:
-            return f"{len(self.records)} texts, none of them new"
-        error = math.sqrt(self.expected.variance / self.rows)
-        bound = "at most " if self.expected.is_bound else ""
-        expected = f"{bound}{self.expected.mean:.1f}" + (f" ± {error:.1f}" if error else "")
-        return (
-            f"{self.rows} texts in {self.seconds:.1f} s: {self.calls / self.rows:.1f} network calls per text, expected "
-            f"{expected}; {self.launches} launches"
-        )
 
 
 def generate(config: GenerateConfig, parallel: Parallel | None = None) -> Generation:
@@ -189,37 +166,35 @@ def generate(config: GenerateConfig, parallel: Parallel | None = None) -> Genera
     free_L = tokens_L == sampler.mask_id
     mine = [row for row in range(config.samples)[parallel.rank :: parallel.world_size] if row not in present]
 
-    started = time.perf_counter()
-    launches = calls = 0
-    with (
-        DenoisingView(loaded.tokenizer, sampler.mask_id) if config.show and parallel.is_main else nullcontext() as view
-    ):
+    def to_record(row: FinishedRow) -> SampleRecord:
+        tokens = row.tokens_L.tolist()
+        return SampleRecord(
+            index=row.index,
+            tokens=tokens,
+            text=None if loaded.tokenizer is None else loaded.tokenizer.decode(tokens),
+            method=config.method,
+            steps=config.steps if config.method in METHODS or uses_steps(config) else None,
+            free=int(free_L.sum()),
+            calls=row.calls,
+            launches=row.launches,
+            seconds=round(row.seconds, 6),
+            seed=config.seed,
+            settings=config.settings(),
+            git_revision=git_revision(),
+        )
+
+    show = config.show and parallel.is_main
+    with DenoisingView(loaded.tokenizer, sampler.mask_id) if show else nullcontext() as view:
         finished = sampler.stream(tokens_L, mine, seed=config.seed, max_rows=config.batch_size, on_launch=view)
-        shown = config.progress and not config.show and parallel.is_main
-        for row in tqdm(finished, total=len(mine), unit="text", disable=None if shown else True, leave=False):
-            launches, calls = max(launches, row.launches), calls + row.calls
-            tokens = row.tokens_L.tolist()
-            file.append(
-                SampleRecord(
-                    index=row.index,
-                    tokens=tokens,
-                    text=None if loaded.tokenizer is None else loaded.tokenizer.decode(tokens),
-                    method=config.method,
-                    steps=config.steps if config.method in METHODS or uses_steps(config) else None,
-                    free=int(free_L.sum()),
-                    calls=row.calls,
-                    launches=row.launches,
-                    seconds=round(row.seconds, 6),
-                    seed=config.seed,
-                    settings=config.settings(),
-                    git_revision=git_revision(),
-                )
-            )
-    seconds = time.perf_counter() - started
-    totals = [int(total) for total in parallel.sum([launches, len(mine), calls])]
-    (slowest,) = parallel.max([seconds])
-    records = file.merge() if parallel.is_main else file.own()
-    return Generation(records, sampler.expected_calls(free_L), *totals, slowest)
+        return write_rows(
+            finished,
+            to_record,
+            file,
+            parallel,
+            total=len(mine),
+            expected=sampler.expected_calls(free_L),
+            progress=config.progress and not config.show,
+        )
 
 
 def uses_steps(config: GenerateConfig) -> bool:
@@ -229,27 +204,22 @@ def uses_steps(config: GenerateConfig) -> bool:
 
 def build_sampler(config: GenerateConfig, model: nn.Module, schedule: Schedule) -> Sampler:
     """The sampler that ``config`` describes."""
-    draw = {
-        "strategy": config.strategy,
-        "strategy_para": config.strategy_para,
-        "temperature": config.temperature,
-        "precision": config.precision,
-    }
+    options = {"draw": config.draw()}
     if config.method == "first_hitting":
-        return FirstHittingSampler(model, **draw)
+        return FirstHittingSampler(network(model), **options)
     if config.method == "ordered":
-        return OrderedSampler(model, read_order(config.order), **draw)
+        return OrderedSampler(network(model), read_order(config.order), **options)
     if config.method == "parallel":
-        return SelectionSampler(model, config.selection_rule(), block_length=config.block_length, **draw)
+        return SelectionSampler(network(model), config.selection_rule(), block_length=config.block_length, **options)
     return DiffusionSampler(
-        model,
+        network(model),
         schedule,
         method=config.method,
         steps=config.steps,
         eps=config.eps,
         block_length=config.block_length,
         event_driven=config.sampler == "event",
-        **draw,
+        **options,
     )
 
 
@@ -277,60 +247,8 @@ def build_request(config: GenerateConfig, sampler: Sampler, loaded: LoadedModel)
     return tokens_L
 
 
-def to_ids(option: str, value: str | Iterable[int] | int, tokenizer: Tokenizer | None) -> list[int]:
-    """Ids of a text, or given ids as they are.
-
-    Raises: ConfigError for text without a tokenizer, or anything else than text and ids.
-    """
-    if isinstance(value, str):
-        if value and tokenizer is None:
-            raise ConfigError(f"{option}={value!r} is text, but the model has no tokenizer; give a list of ids.")
-        return tokenizer.encode(value) if value else []
-    ids = [value] if isinstance(value, int) else value
-    if isinstance(value, bool) or not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
-        raise ConfigError(f"{option}={value!r} must be text, an id or a list of ids.")
-    return list(ids)
-
-
-def read_fixed(value: Any, tokenizer: Tokenizer | None) -> dict[int, int]:
-    """``{position: id}`` from ``{position: text or id or ids}``; longer values run on to the right."""
-    if value is None or value == "":
-        return {}
-    if isinstance(value, str):
-        value = read_json("fixed", value)
-    if not isinstance(value, Mapping):
-        raise ConfigError(f'fixed={value!r} must map positions to text or ids, for example \'{{"10": " the"}}\'.')
-    fixed: dict[int, int] = {}
-    for key, entry in value.items():
-        try:
-            position = int(key)
-        except (TypeError, ValueError):
-            raise ConfigError(f"fixed: {key!r} is not a position; positions are whole numbers from 0.") from None
-        for offset, token in enumerate(to_ids(f"fixed[{position}]", entry, tokenizer)):
-            if fixed.setdefault(position + offset, token) != token:
-                raise ConfigError(f"fixed: position {position + offset} is given twice with different ids.")
-    return fixed
-
-
 def read_order(value: Any) -> str | list:
     """An order's name, or its list(s) of positions."""
     if isinstance(value, str) and value not in ORDERS:
         return read_json("order", value)
     return value
-
-
-def read_json(option: str, text: str) -> Any:
-    """JSON given directly or as the name of a .json file.
-
-    Raises: ConfigError for text that is not JSON; DataError for a file that cannot be read.
-    """
-    source = f"{option}={text!r}"
-    if text.endswith(".json"):
-        try:
-            source, text = text, Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{option}={source}: cannot be read ({error}).") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not JSON ({error}); quote it once for the shell and once for JSON.") from error

@@ -37,12 +37,12 @@ from common.checkpoint import (
     load_weights,
     read_weights,
 )
+from common.data.corpora import load_data_tokenizer
 from common.data.tokenizer import BYTE_CONFIG_FILE, Tokenizer
 from common.diffusion.schedules import Schedule, build_schedule
 from common.errors import CheckpointError, ConfigError, DataError
 from common.evaluation.masked_model import MaskedLanguageModel
 from common.precision import autocast_forward, resolve_precision
-from radd.data import load_data_tokenizer
 from radd.model import RADD, ModelConfig
 
 REFERENCE_CHECKPOINT = Path("checkpoints-meta", "checkpoint.pth")

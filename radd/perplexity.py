@@ -18,7 +18,7 @@ from common.config import require_at_least, require_choice
 from common.data.dataset import TokenDataset
 from common.diffusion.schedules import Schedule
 from common.errors import ConfigError, DataError
-from common.evaluation.partial_results import PartialResults
+from common.evaluation.partial_results import PartialResults, weights_digest
 from common.evaluation.perplexity import (
     GROUP_SIZE,
     BoundEstimate,
@@ -334,15 +334,6 @@ def check_tokens(x_BL: Tensor, tokens: int, name: str) -> None:
             f"{name} holds token id {int(wrong[0])}, but the model has {tokens} tokens; use the tokenizer that the "
             "model was trained with."
         )
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Changes whenever a weight does."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _data_digest(dataset: TokenDataset) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from common import cli
 from common.checkpoint import load_weights
 from common.config import TrainerConfig
+from common.data.corpora import build_text_dataset, build_text_stream, load_data_tokenizer
 from common.data.loader import build_train_loader, build_validation_loader
 from common.data.tokenizer import Tokenizer
 from common.dry_run import estimate, print_estimate
@@ -24,7 +25,6 @@ from common.errors import ConfigError
 from common.evaluation.generative_perplexity import snapshot_scorer
 from common.trainer import FitResult, fit
 from radd.config import TrainConfig
-from radd.data import build_text_dataset, build_text_stream, load_data_tokenizer
 from radd.snapshots import Snapshots, export
 from radd.task import RADDTask
 

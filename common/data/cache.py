@@ -4,18 +4,22 @@ A cache is a folder ``<cache_dir>/tokens/<label>-<key>`` with ``tokens.bin`` (ui
 vocabulary) and ``manifest.json``. The key is a digest of everything that the tokens depend on: the source's contents,
 the tokenizer, the transformation of the text and the packing. The block length is not among them unless documents are
 packed in groups: the stream is the same, and ``TokenDataset`` cuts it.
+
+A builder that is killed or interrupted leaves its tokens and a journal behind, from which the next one goes on.
 """
 
 import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +36,9 @@ from common.data.tokenizer import Tokenizer
 from common.errors import DataError
 
 FORMAT = 1  # part of every key: raise it when the same inputs would give other tokens
-TOKENS_FILE, MANIFEST_FILE = "tokens.bin", "manifest.json"
+TOKENS_FILE, MANIFEST_FILE, JOURNAL_FILE = "tokens.bin", "manifest.json", "journal.json"
+JOURNAL_SECONDS = 10.0  # of tokenizing that a kill can cost
+REHASH_BYTES = 16 << 20  # read at once of tokens that a killed builder left
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1024, 4 << 20  # tokenized at once: bounds memory, feeds all tokenizer threads
 
 logger = logging.getLogger(__name__)
@@ -178,9 +184,11 @@ def _sha256(path: Path) -> str:
 class _Counts:
     documents: int = 0
     tokens: int = 0
+    packer: dict | None = None  # the unfinished block of a group
 
 
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+def text_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists that are worth a call of a tokenizer and fit in memory."""
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
@@ -193,7 +201,7 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _encode(recipe: TokenRecipe, counts: _Counts, progress: bool) -> Iterator[NDArray]:
-    """Tokens of the corpus, chunk by chunk; fills in ``counts``.
+    """Tokens of the corpus, chunk by chunk; starts after ``counts`` and keeps it at what was yielded.
 
     Raises:
         DataError: the source holds no document, or the tokenizer yields ids outside its vocabulary.
@@ -203,11 +211,17 @@ def _encode(recipe: TokenRecipe, counts: _Counts, progress: bool) -> Iterator[ND
     if recipe.group_size is not None:
         assert recipe.length is not None, "packing in groups needs the block length"
         packer = BlockPacker(recipe.length, tokenizer.eos_id, group_size=recipe.group_size, dtype=recipe.dtype)
+        if counts.packer is not None:
+            packer.load_state_dict(counts.packer)
     bar = tqdm(
-        total=source.num_documents, desc=f"tokenizing {source.label}", unit="doc", disable=None if progress else True
+        total=source.num_documents,
+        initial=counts.documents,
+        desc=f"tokenizing {source.label}",
+        unit="doc",
+        disable=None if progress else True,
     )
     with bar:
-        for texts in _chunks(source.documents()):
+        for texts in text_chunks(itertools.islice(source.documents(), counts.documents, None)):
             if recipe.transform is not None:
                 texts = [recipe.transform(text) for text in texts]
             encoded = tokenizer.encode_batch(texts)
@@ -220,27 +234,39 @@ def _encode(recipe: TokenRecipe, counts: _Counts, progress: bool) -> Iterator[ND
             counts.documents += len(texts)
             counts.tokens += len(tokens)
             bar.update(len(texts))
-            yield tokens.astype(recipe.dtype) if packer is None else packer.add(encoded).reshape(-1)
+            if packer is None:
+                yield tokens.astype(recipe.dtype)
+            else:
+                blocks = packer.add(encoded)
+                counts.packer = packer.state_dict()
+                yield blocks.reshape(-1)
     if not counts.documents:
         raise DataError(f"{source.label} holds no document; it needs at least one.")
 
 
 def _build(recipe: TokenRecipe, key: str, folder: Path, progress: bool) -> None:
-    """Writes the cache beside ``folder`` and renames it into place."""
+    """Writes the cache beside ``folder`` and renames it into place; goes on where a killed builder stopped."""
     host = socket.gethostname()
     temporary = folder.with_name(f".{folder.name}.tmp-{host}-{os.getpid()}")
-    _remove_abandoned(folder, host)
-    temporary.mkdir()
+    counts, size = _adopt_abandoned(folder, host, temporary, key)
     try:
-        counts, digest, size = _Counts(), hashlib.sha256(), 0
         path = temporary / TOKENS_FILE
-        with path.open("wb") as stream:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while data := stream.read(REHASH_BYTES):
+                digest.update(data)
+        saved = time.monotonic()
+        with path.open("ab") as stream:
             for tokens in _encode(recipe, counts, progress):
                 data = tokens.tobytes()
                 stream.write(data)
                 digest.update(data)
                 size += len(data)
+                if time.monotonic() - saved >= JOURNAL_SECONDS:
+                    _write_journal(temporary, stream, key, counts, size)
+                    saved = time.monotonic()
             _flush_to_disk(stream)
+        (temporary / JOURNAL_FILE).unlink(missing_ok=True)
         manifest = {
             "format": FORMAT,
             "key": key,
@@ -249,7 +275,8 @@ def _build(recipe: TokenRecipe, key: str, folder: Path, progress: bool) -> None:
             "group_size": recipe.group_size,
             "vocab_size": recipe.tokenizer.vocab_size,
             "dtype": recipe.dtype.name,
-            **asdict(counts),
+            "documents": counts.documents,
+            "tokens": counts.tokens,
             "bytes": size,
             "sha256": digest.hexdigest(),
             "fingerprint": file_fingerprint(path),
@@ -258,8 +285,14 @@ def _build(recipe: TokenRecipe, key: str, folder: Path, progress: bool) -> None:
             json.dump(manifest, stream, indent=1)
             _flush_to_disk(stream)
         _put_in_place(temporary, folder)
-    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there is one only if another node was faster
+    except KeyboardInterrupt:
+        if not (temporary / JOURNAL_FILE).exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -280,12 +313,54 @@ def _flush_to_disk(stream) -> None:
     os.fsync(stream.fileno())
 
 
-def _remove_abandoned(folder: Path, host: str) -> None:
-    """Deletes what builders of this cache left on this machine when they were killed."""
+def _write_journal(temporary: Path, stream, key: str, counts: _Counts, size: int) -> None:
+    """Says how far the tokens on disk are whole."""
+    _flush_to_disk(stream)
+    path = temporary / JOURNAL_FILE
+    with path.with_suffix(".tmp").open("w") as journal:
+        json.dump({"key": key, "bytes": size, "counts": asdict(counts)}, journal)
+        _flush_to_disk(journal)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _adopt_abandoned(folder: Path, host: str, temporary: Path, key: str) -> tuple[_Counts, int]:
+    """Makes ``temporary`` from the furthest that a killed builder on this machine left, deletes what others left.
+
+    Returns: what is in it, and the size of its tokens in bytes.
+    """
+    found: list[tuple[int, Path, _Counts]] = []
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-{glob.escape(host)}-*"):
         pid = leftover.name.rsplit(f"-{host}-", 1)[-1].split("-")[0]
-        if not (pid.isdecimal() and _is_alive(int(pid))):
+        if pid.isdecimal() and _is_alive(int(pid)):
+            continue
+        journal = _read_journal(leftover, key)
+        if journal is None:
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            found.append((journal[1], leftover, journal[0]))
+    found.sort(key=lambda item: item[0])
+    for _, leftover, _ in found[:-1]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not found:
+        temporary.mkdir()
+        (temporary / TOKENS_FILE).touch()
+        return _Counts(), 0
+    size, leftover, counts = found[-1]
+    os.rename(leftover, temporary)
+    os.truncate(temporary / TOKENS_FILE, size)  # what came after the journal may be half a chunk
+    logger.info("Going on with the tokens of %s after %d documents.", folder.name, counts.documents)
+    return counts, size
+
+
+def _read_journal(leftover: Path, key: str) -> tuple[_Counts, int] | None:
+    """What a killed builder's folder holds; None if it cannot be continued."""
+    try:
+        journal = json.loads((leftover / JOURNAL_FILE).read_text())
+        counts, size = _Counts(**journal["counts"]), int(journal["bytes"])
+        usable = journal["key"] == key and (leftover / TOKENS_FILE).stat().st_size >= size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (counts, size) if usable else None
 
 
 def _is_alive(pid: int) -> bool:

@@ -20,12 +20,35 @@ from torch import Tensor
 from common.config import require_at_least
 from common.diffusion.categorical import TokenDraw, draw_tokens
 from common.diffusion.nfe import DEFAULT_EPS, reveal_distribution, update_rate
-from common.diffusion.reveal import RevealPlan, diffusion_events, ordered_events, row_uniforms
+from common.diffusion.reveal import (
+    AFTER_STOP,
+    GIVEN,
+    RevealPlan,
+    dense_events,
+    diffusion_events,
+    ordered_events,
+    row_uniforms,
+)
 from common.diffusion.schedules import Schedule
+from common.diffusion.stopping import StopRule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``denoise(tokens_RL int64, where_RL bool) -> (P, V)`` float32 log-probabilities at the positions of ``where_RL`` in
 row-major order, for any subset of rows; the mask's column is -inf, so that it can never be drawn."""
+
+
+class RowDenoiser(Protocol):
+    """A denoiser that has to know its rows, for guidance or caches; used in place of a ``Denoiser``.
+
+    Attributes:
+        evaluations_per_call: network row evaluations that one call of a row costs.
+    """
+
+    evaluations_per_call: int
+
+    def at_rows(self, tokens_RL: Tensor, where_RL: Tensor, *, index_R: Tensor, given_RL: Tensor) -> Tensor:
+        """As a ``Denoiser``, with the rows' numbers (CPU) and which of their positions are given."""
+
 
 OnLaunch = Callable[[Tensor, Tensor], None]
 """Called after every launch with (index_R, tokens_RL); for progress and views, must not modify its arguments."""
@@ -48,8 +71,9 @@ class FinishedRow:
     Attributes:
         index: the row's number.
         tokens_L: ids, on the CPU; no mask is left.
-        calls: network calls spent on this row.
-        revealed_L: the call (from 0) that revealed each position, -1 where the token was given.
+        calls: network evaluations of this row.
+        revealed_L: the call (from 0) that revealed each position, ``GIVEN`` (-1) where the token was given,
+            ``AFTER_STOP`` (-2) where it was filled in because the text had ended.
         launches: launches of the whole run up to this row's end.
         seconds: from the row's admission to its end.
     """
@@ -72,7 +96,7 @@ class SampleResult:
         launches: network launches, each over all rows in flight.
         seconds: wall time of the run.
         steps: steps of the time grid; None for samplers without one.
-        revealed_BL: the call that revealed each position (from 0), -1 where the token was given;
+        revealed_BL: the call that revealed each position (from 0), ``GIVEN`` or ``AFTER_STOP``;
             ``reveal.event_states`` replays a row from it.
     """
 
@@ -97,15 +121,29 @@ class RowsInFlight:
         calls_R: calls done for each row (CPU).
         fields: tensors by name whose first dimension is R.
         admitted: time of admission of each row, seconds.
+
+    Args:
+        pages: pairs (index_B, fields).
+        max_rows: see above; None admits one page at a time.
+        evaluations_per_call: network evaluations of a row in each of its calls.
+        fill_id: what positions after a stop token get.
     """
 
-    def __init__(self, pages: Iterable[tuple[Tensor, dict[str, Tensor]]], max_rows: int | None) -> None:
+    def __init__(
+        self,
+        pages: Iterable[tuple[Tensor, dict[str, Tensor]]],
+        max_rows: int | None,
+        *,
+        evaluations_per_call: int = 1,
+        fill_id: int | None = None,
+    ) -> None:
         if max_rows is not None:
             require_at_least("max_rows", max_rows, 1)
         self._pages = iter(pages)
         self._page: tuple[Tensor, dict[str, Tensor]] | None = None
         self._next = 0
         self._max_rows = max_rows
+        self._evaluations_per_call, self._fill_id = evaluations_per_call, fill_id
         self.index_R = torch.empty(0, dtype=torch.int64)
         self.calls_R = torch.empty(0, dtype=torch.int64)
         self.fields: dict[str, Tensor] = {}
@@ -144,11 +182,13 @@ class RowsInFlight:
         rows = done_R.nonzero().squeeze(1)
         at = rows.to(self.fields["tokens"].device)
         tokens_RL, revealed_RL = self.fields["tokens"][at].cpu(), self.fields["event"][at].cpu()
+        if self._fill_id is not None:
+            tokens_RL[revealed_RL == AFTER_STOP] = self._fill_id
         for place, row in enumerate(rows.tolist()):
             yield FinishedRow(
                 int(self.index_R[row]),
                 tokens_RL[place],
-                int(self.calls_R[row]),
+                int(self.calls_R[row]) * self._evaluations_per_call,
                 revealed_RL[place],
                 launches,
                 now - self.admitted[row],
@@ -160,14 +200,24 @@ class RowsInFlight:
         self.fields = {name: value[kept_at.to(value.device)] for name, value in self.fields.items()}
 
 
+def predict(
+    denoise: Denoiser | RowDenoiser, tokens_RL: Tensor, where_RL: Tensor, index_R: Tensor, given_RL: Tensor
+) -> Tensor:
+    """Log-probabilities ``(P, V)`` at the positions, by either kind of denoiser."""
+    if hasattr(denoise, "at_rows"):
+        return denoise.at_rows(tokens_RL, where_RL, index_R=index_R, given_RL=given_RL)
+    return denoise(tokens_RL, where_RL)
+
+
 def run_events(
-    denoise: Denoiser,
+    denoise: Denoiser | RowDenoiser,
     plans: Iterable[RevealPlan],
     *,
     draw: TokenDraw | None = None,
     max_rows: int | None = None,
     uniforms: UniformSource | None = None,
     device: torch.device | str | None = None,
+    stop: StopRule | None = None,
     on_launch: OnLaunch | None = None,
 ) -> Iterator[FinishedRow]:
     """Executes plans and yields every row as it is completed; rows without free positions cost no call.
@@ -179,6 +229,7 @@ def run_events(
         max_rows: rows in flight; None runs each page as one batch.
         uniforms: replaces the plans' own token uniforms; steps are the row's calls.
         device: where the network lives; by default that of the plans' tokens.
+        stop: which tokens end a text; None fills every position.
         on_launch: called after every launch.
     """
     draw = draw or TokenDraw()
@@ -189,7 +240,12 @@ def run_events(
             on_device = {name: value.to(device or value.device) for name, value in tensors.items()}
             yield plan.index_B, on_device | {"total": plan.calls_B}
 
-    rows = RowsInFlight(pages(), max_rows)
+    rows = RowsInFlight(
+        pages(),
+        max_rows,
+        evaluations_per_call=getattr(denoise, "evaluations_per_call", 1),
+        fill_id=None if stop is None else stop.fill_id,
+    )
     launches = 0
     while True:
         rows.refill()
@@ -202,17 +258,35 @@ def run_events(
         tokens_RL, event_RL = rows.fields["tokens"], rows.fields["event"]
         where_RL = event_RL == rows.calls_R.to(event_RL.device).unsqueeze(1)
         with torch.no_grad():
-            log_probs_PV = denoise(tokens_RL, where_RL)
+            log_probs_PV = predict(denoise, tokens_RL, where_RL, rows.index_R, event_RL == GIVEN)
             if uniforms is None:
                 uniform = rows.fields["uniform"][where_RL]
             else:
                 row_P, position_P = (index.cpu() for index in where_RL.nonzero(as_tuple=True))
                 uniform = uniforms.token(rows.calls_R[row_P], rows.index_R[row_P], position_P, log_probs_PV.shape[-1])
             tokens_RL[where_RL] = draw_tokens(log_probs_PV, uniform.to(log_probs_PV.device), draw)
+        if stop is not None:
+            _skip_after_stop(rows, stop)
         rows.calls_R += 1
         launches += 1
         if on_launch is not None:
             on_launch(rows.index_R, tokens_RL)
+
+
+def _skip_after_stop(rows: RowsInFlight, stop: StopRule) -> None:
+    """Takes the positions behind a stop token out of the plans, and closes the gaps in the numbers of later calls."""
+    tokens_RL, event_RL = rows.fields["tokens"], rows.fields["event"]
+    now_R1 = rows.calls_R.to(event_RL.device).unsqueeze(1)
+    later_RL = event_RL > now_R1
+    skipped_RL = later_RL & stop.behind(tokens_RL, (event_RL >= 0) & ~later_RL)
+    changed_R = skipped_RL.any(1)
+    if not bool(changed_R.any()):
+        return
+    event_RL = torch.where(skipped_RL, AFTER_STOP, event_RL)
+    later_RL = later_RL & ~skipped_RL & changed_R[:, None]
+    event_RL = torch.where(later_RL, now_R1 + 1 + dense_events(event_RL, later_RL), event_RL)
+    rows.fields["event"] = event_RL
+    rows.fields["total"] = torch.where(changed_R.cpu(), event_RL.amax(1).cpu() + 1, rows.fields["total"])
 
 
 def collect(

@@ -17,21 +17,26 @@ from common.diffusion.absorbing import (
     Denoiser,
     FinishedRow,
     OnLaunch,
+    RowDenoiser,
     RowsInFlight,
     SampleResult,
     UniformSource,
     collect,
+    predict,
 )
 from common.diffusion.categorical import TokenDraw, draw_tokens
 from common.diffusion.orders import SelectionRule, entropy, score_positions, select
-from common.diffusion.reveal import GIVEN
+from common.diffusion.reveal import AFTER_STOP, GIVEN
+from common.diffusion.stopping import StopRule
 from common.diffusion.uniforms import RowUniforms
 from common.errors import ConfigError
 
+WAITING = torch.iinfo(torch.int64).max  # event of a position that is still to be filled
+
 
 def run_selection(
-    denoise: Denoiser,
-    pages: Iterable[tuple[Tensor, Tensor]],
+    denoise: Denoiser | RowDenoiser,
+    pages: Iterable[tuple[Tensor, ...]],
     rule: SelectionRule,
     *,
     mask_id: int,
@@ -41,12 +46,14 @@ def run_selection(
     block_length: int | None = None,
     max_rows: int | None = None,
     device: torch.device | str | None = None,
+    stop: StopRule | None = None,
     on_launch: OnLaunch | None = None,
 ) -> Iterator[FinishedRow]:
     """Yields every row as it is completed.
 
     Args:
-        pages: pairs (index_B, tokens_BL): row numbers, and ids with ``mask_id`` at the positions to fill.
+        pages: (index_B, tokens_BL) or (index_B, tokens_BL, free_BL): row numbers, ids with ``mask_id`` at the positions
+            to fill, and those positions where ``mask_id`` may be given as well.
         rule: which candidates each call keeps. With ``block_length`` its counts are those of one block.
         uniforms: in place of per-row generators; steps are the row's calls. ``update`` feeds random order and noise.
         block_length: fills blocks of so many positions from left to right.
@@ -60,23 +67,29 @@ def run_selection(
     source = own or uniforms
 
     def fields() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for index_B, tokens_BL in pages:
+        for index_B, tokens_BL, *free in pages:
             tokens_BL = tokens_BL.to(device or tokens_BL.device)
             none_B = torch.zeros_like(index_B)
-            event_BL = torch.full_like(tokens_BL, GIVEN)
+            free_BL = free[0].to(tokens_BL.device) if free else tokens_BL == mask_id
+            event_BL = torch.where(free_BL, WAITING, GIVEN)
             yield (
                 index_B,
                 {"tokens": tokens_BL, "event": event_BL, "block": none_B - 1, "call": none_B, "total": none_B},
             )
 
-    rows = RowsInFlight(fields(), max_rows)
+    rows = RowsInFlight(
+        fields(),
+        max_rows,
+        evaluations_per_call=getattr(denoise, "evaluations_per_call", 1),
+        fill_id=None if stop is None else stop.fill_id,
+    )
     launches = 0
     while True:
         rows.refill()
         if not len(rows):
             return
         tokens_RL, event_RL = rows.fields["tokens"], rows.fields["event"]
-        masked_RL = tokens_RL == mask_id
+        masked_RL = event_RL == WAITING
         done_R = ~masked_RL.any(1).cpu()
         if bool(done_R.any()):
             for row in rows.retire(done_R, launches):
@@ -91,7 +104,7 @@ def run_selection(
         total_R = torch.where(is_new_R, candidates_RL.sum(1).cpu(), rows.fields["total"])
         call_R = torch.where(is_new_R, 0, rows.fields["call"])
         with torch.no_grad():
-            log_probs_PV = denoise(tokens_RL, candidates_RL)
+            log_probs_PV = predict(denoise, tokens_RL, candidates_RL, rows.index_R, event_RL == GIVEN)
         row_P, position_P = candidates_RL.nonzero(as_tuple=True)
         index_P = (rows.calls_R[row_P.cpu()], rows.index_R[row_P.cpu()], position_P.cpu())
         uniform = source.token(*index_P, log_probs_PV.shape[-1]).to(log_probs_PV.device)
@@ -120,6 +133,9 @@ def run_selection(
         kept_P = chosen_RL[candidates_RL]
         tokens_RL[chosen_RL] = drawn_P[kept_P]
         event_RL[chosen_RL] = rows.calls_R.to(event_RL.device).unsqueeze(1).expand_as(event_RL)[chosen_RL]
+        if stop is not None:
+            waiting_RL = event_RL == WAITING
+            event_RL[waiting_RL & stop.behind(tokens_RL, (event_RL >= 0) & ~waiting_RL)] = AFTER_STOP
         rows.fields |= {"block": block_R.cpu(), "call": call_R + 1, "total": total_R}
         rows.calls_R += 1
         launches += 1

@@ -18,6 +18,7 @@ from common.errors import ConfigError
 from common.seeding import generator
 
 GIVEN = -1  # event of a position whose token is given
+AFTER_STOP = -2  # event of a position that is never revealed, because a token that ends the text comes before it
 
 
 @dataclass
@@ -130,6 +131,11 @@ def split_events(rank_BL: Tensor, free_BL: Tensor, steps: int) -> Tensor:
 
 
 def event_states(tokens_L: Tensor, revealed_L: Tensor, mask_id: int) -> Iterator[Tensor]:
-    """The states of one finished row: before its first call, after each call; replays a run from its result."""
-    for call in range(int(revealed_L.max()) + 2 if len(revealed_L) else 1):
-        yield torch.where(revealed_L < call, tokens_L, mask_id)
+    """The states of one finished row: before its first call, after each call; replays a run from its result.
+
+    Positions behind the end of the text are masked in all states but the last.
+    """
+    last = int(revealed_L.max()) + 1 if len(revealed_L) else 0
+    shown_L = torch.where(revealed_L == AFTER_STOP, last - 1, revealed_L)
+    for call in range(last + 1):
+        yield torch.where(shown_L < call, tokens_L, mask_id)

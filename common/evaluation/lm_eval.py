@@ -8,12 +8,15 @@ registers the model and calls the harness's own command line; all of its options
 
 Conditional likelihood: the context stays visible, only the l tokens of the continuation are masked, and minus the bound
 ``sum_k S_k / k`` over counts k = 1..l is returned; exact for l = 1, and by all 2^l - 1 masks if these take no more than
-``draws`` rows.
+``draws`` rows. As in the harness's own models, texts get the special tokens that their tokenizer puts in front, spaces
+at the end of a context belong to the continuation, and there is always a token of context: beginning-of-text, or where
+there is none end-of-text (a model that keeps the autoregressive shift cannot predict a first token).
 
 Dimensions: B requests of one length, R rows, L positions, P masked positions, V vocabulary.
 """
 
 import hashlib
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,10 +38,12 @@ from common.diffusion.categorical import TokenDraw
 from common.diffusion.decoding import run_selection
 from common.diffusion.orders import SelectionRule
 from common.errors import ConfigError, QuintetError
-from common.evaluation.masked_model import MaskedLanguageModel, load_masked_model
-from common.evaluation.perplexity import MaskedRows, conditional_replicates, evaluate_rows, join_rows, nll_of
+from common.evaluation.masked_model import MaskedLanguageModel, beginning_id, leading_ids, load_masked_model
+from common.evaluation.perplexity import MaskedRows, conditional_replicates, evaluate_rows, join_rows
 from common.parallel import Parallel, start
 from common.seeding import generator
+
+logger = logging.getLogger(__name__)
 
 GREEDY_CHECKS = ("confidence", "none")
 REQUESTS_AHEAD = 64  # requests of one length whose rows are prepared together
@@ -46,15 +51,22 @@ REQUESTS_AHEAD = 64  # requests of one length whose rows are prepared together
 
 @dataclass(frozen=True)
 class _Scored:
-    """A continuation to score: ids of context and continuation, the first ``visible`` of which are the context."""
+    """A continuation to score: ids of context and continuation, the first ``visible`` of which are the context.
+
+    Attributes:
+        shares_masks: continuations of one context get common random numbers, so that their difference, which decides a
+            multiple choice, has less noise.
+    """
 
     tokens: list[int]
     visible: int
+    shares_masks: bool = False
 
     @property
     def key(self) -> int:
         """A 63-bit digest of the request, from which its random numbers are drawn: neither order nor rank matters."""
-        text = f"{self.visible}:{self.tokens}"
+        tokens = self.tokens[: self.visible] if self.shares_masks and self.visible > 1 else self.tokens
+        text = f"{self.visible}:{tokens}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
@@ -125,6 +137,9 @@ class DiffusionLM(TemplateLM):
         self.max_gen_toks, self.gen_block = int(max_gen_toks), gen_block
         self.gen_order, self.gen_steps = gen_order, gen_steps
         self._device = self.masked.device
+        self.tokenizer = getattr(self.masked.tokenizer, "tokenizer", None)  # the library's, for chat templates
+        self._leading = leading_ids(self.masked.tokenizer)
+        self._warned = False
 
     # ---------------------------------------------------------------- processes
 
@@ -156,8 +171,33 @@ class DiffusionLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return f"{self.masked.name}-{self.masked.tokenizer.fingerprint()[:12]}".replace("/", "__")
 
+    @property
+    def prefix_token_id(self) -> int:
+        return beginning_id(self.masked.tokenizer)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.masked.tokenizer.encode(string)
+        ids = self.masked.tokenizer.encode(string)
+        if add_special_tokens is False or not self._leading or ids[: len(self._leading)] == self._leading:
+            return ids
+        return [*self._leading, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if continuation_ids:
+            return context_ids, continuation_ids
+        # The tokenizer merged the whole continuation into the context's last token: nothing would be scored, and the
+        # answer would be a likelihood of one. Then the two are encoded apart.
+        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.tokenizer is None:
+            raise ConfigError("--apply_chat_template needs a Hugging Face tokenizer, which this model does not have.")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     # ---------------------------------------------------------------- likelihood
 
@@ -182,13 +222,13 @@ class DiffusionLM(TemplateLM):
 
     def _windows(self, context: Sequence[int], continuation: Sequence[int]) -> Iterator[_Scored]:
         """The request cut to the model's length: early context is dropped; a longer continuation comes in parts, each
-        seeing half a window of what precedes it."""
+        seeing half a window of what precedes it. There is always a token of context."""
         part = self.max_length - 1 if len(continuation) < self.max_length else self.max_length // 2
-        seen = list(context)
+        seen = list(context) or [self.prefix_token_id]
         for first in range(0, len(continuation), part):
             piece = list(continuation[first : first + part])
             kept = seen[max(0, len(seen) - (self.max_length - len(piece))) :]
-            yield _Scored(kept + piece, len(kept))
+            yield _Scored(kept + piece, len(kept), shares_masks=True)
             seen += piece
 
     def _bounds(self, windows: Sequence[_Scored], disable_tqdm: bool) -> list[float]:
@@ -207,7 +247,7 @@ class DiffusionLM(TemplateLM):
                     parts += found
                 joined = join_rows(parts)
                 value_R = evaluate_rows(
-                    nll_of(self.masked.denoise), x_BL, joined, mask_id=self.masked.mask_id, batch_size=self.batch_size
+                    self.masked.token_nll, x_BL, joined, mask_id=self.masked.mask_id, batch_size=self.batch_size
                 )
                 sum_B = torch.zeros(len(places), dtype=torch.float64).index_add_(0, joined.sequence_R, value_R)
                 for place, value, count in zip(places, sum_B.tolist(), replicates, strict=True):
@@ -258,7 +298,7 @@ class DiffusionLM(TemplateLM):
         windows, owner = [], []
         for index, (text,) in enumerate(request.args for request in requests):
             pieces = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length - 1,  # one token of context goes before
                 context_len=1,
@@ -298,9 +338,19 @@ class DiffusionLM(TemplateLM):
         return texts
 
     def _canvas(self, context: str, wanted: int) -> tuple[Tensor, int]:
-        """Context, cut on the left, and masks after it; how many masks."""
-        free = min(wanted, self.max_length - 1)
-        ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - free) :]
+        """Context and masks after it; how many masks. What does not fit is taken from the masks down to half the
+        window, then from the context's beginning."""
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        free = min(wanted, max(self.max_length - len(ids), self.max_length // 2))
+        if free < wanted and not self._warned:
+            logger.warning(
+                "max_gen_toks=%d does not fit the model's %d tokens beside the context; texts get %d tokens and fewer.",
+                wanted,
+                self.max_length,
+                free,
+            )
+            self._warned = True
+        ids = ids[-(self.max_length - free) :]
         return torch.tensor(ids + [self.masked.mask_id] * free), free
 
     def _draw(self, options: dict[str, Any]) -> TokenDraw:

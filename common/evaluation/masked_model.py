@@ -10,7 +10,7 @@ import torch
 
 from common.data.tokenizer import Tokenizer
 from common.errors import ConfigError
-from common.evaluation.perplexity import Denoiser
+from common.evaluation.perplexity import Denoiser, TokenNLL, nll_of
 
 LOADER_FUNCTION = "loading:load_denoiser"  # what `loader=<package>` stands for
 
@@ -26,6 +26,8 @@ class MaskedLanguageModel:
         tokenizer: of its N real tokens.
         device: where the denoiser's inputs go.
         name: for reports.
+        nll: NLL of given tokens at masked positions; None: from the denoiser. A model whose mask is an ordinary token
+            of the vocabulary needs one, since the denoiser gives that token no probability where a text holds it.
     """
 
     denoise: Denoiser
@@ -34,6 +36,31 @@ class MaskedLanguageModel:
     tokenizer: Tokenizer
     device: torch.device
     name: str = "model"
+    nll: TokenNLL | None = None
+
+    @property
+    def token_nll(self) -> TokenNLL:
+        """``nll``, or what the denoiser says."""
+        return self.nll or nll_of(self.denoise)
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that a Hugging Face tokenizer puts before every text (LLaMA's beginning-of-text token), which ``encode`` of
+    our protocol leaves out; empty for GPT-2, Qwen and our own tokenizers."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        return []
+    plain = inner("a", add_special_tokens=False)["input_ids"]
+    whole = inner("a", add_special_tokens=True)["input_ids"]
+    starts = [start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain]
+    return list(whole[: starts[0]]) if starts else []
+
+
+def beginning_id(tokenizer: Tokenizer) -> int:
+    """What stands before a text that has nothing before it: beginning-of-text, or where there is none end-of-text."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    bos_id = getattr(inner, "bos_token_id", None)
+    return int(tokenizer.eos_id if bos_id is None else bos_id)
 
 
 def find_loader(name: str) -> Callable[..., MaskedLanguageModel]:
@@ -49,7 +76,7 @@ def find_loader(name: str) -> Callable[..., MaskedLanguageModel]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"loader={name} cannot be used ({error}); give package.module:function, or a package of this repository "
-            "such as radd."
+            "such as radd or diffullama."
         ) from None
 
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+import torch
+from torch import nn
+
 from common.errors import ConfigError, DataError
 from common.parallel import Parallel
 
@@ -20,6 +23,15 @@ from common.parallel import Parallel
 def fingerprint(settings: Mapping) -> str:
     """Short digest of JSON-able settings, whatever their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Changes whenever a weight does."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 class PartialResults:

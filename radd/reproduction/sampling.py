@@ -12,11 +12,12 @@ from common.data.tokenizer import ByteTokenizer
 from common.diffusion.absorbing import sample_event_driven
 from common.diffusion.categorical import TokenDraw
 from common.diffusion.nfe import update_rate
+from common.diffusion.samplers import DiffusionSampler
 from common.diffusion.schedules import build_schedule
 from common.diffusion.stepwise import sample_stepwise
 from radd.reproduction.scoring import load_model
 from radd.reproduction.settings import Settings
-from radd.sampler import DiffusionSampler
+from radd.sampler import network
 
 ONE_STAGE = ("float64", "float32", "float16-compat")
 BIASED = ("float32", "float16-compat")  # one-stage draws in these precisions lose rare tokens
@@ -30,7 +31,7 @@ def measure_calls(run_dir: str, seed: int, settings: dict, rows: int, noise: str
     schedule = build_schedule(noise)
     points = []
     for steps in settings.nfe_steps:
-        sampler = DiffusionSampler(model, schedule, method="tweedie", steps=steps)
+        sampler = DiffusionSampler(network(model), schedule, method="tweedie", steps=steps)
         canvas_BL = sampler.canvas(rows, settings.length)
         expected = sampler.expected_calls(canvas_BL[0] == model.mask_id)
         sampled = sampler.sample(canvas_BL, seed=seed * 1000 + steps)

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from common.errors import ConfigError
 from radd.losses import LOSS_TYPES
 
 
@@ -57,17 +56,6 @@ FULL = replace(
     zipf_rows=24,
     ngrams=True,
 )
-FULL_SEEDS = 3
 
 BOUND_LIMIT = 2.65  # nats per byte: every cell of the bound table must lie below
 SIGMAS = 3.0  # estimators against each other, calls against their expectation, tail share against the truth
-
-
-def seeds(first: int, full: bool) -> list[int]:
-    """The seeds of a reproduction.
-
-    Raises: ConfigError for a negative seed.
-    """
-    if first < 0:
-        raise ConfigError(f"--seed={first} is negative; use 0 or more.")
-    return list(range(first, first + (FULL_SEEDS if full else 1)))

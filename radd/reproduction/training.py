@@ -1,32 +1,25 @@
 """The trained networks of the reproduction: real data path, real engine, float32 on the CPU."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from common.config import OptimConfig, TrackingConfig
+from common.data.corpora import build_text_dataset
 from common.data.loader import build_train_loader
 from common.data.tokenizer import ByteTokenizer
 from common.diffusion.schedules import build_schedule
 from common.hooks import TrainState
+from common.reproduction.curves import HELD_OUT, training_curve
+from common.reproduction.jobs import Interrupted
 from common.seeding import generator
 from common.trainer import fit
 from radd.config import DataConfig, NoiseConfig, TrainConfig, TrainingConfig
-from radd.data import build_text_dataset
 from radd.losses import compute_loss, draw_loss_inputs
 from radd.model import ModelConfig
 from radd.reproduction.settings import Settings
 from radd.task import RADDTask
-
-LAST_STEPS = 100  # over which the last training loss is averaged
-CURVE_POINTS = 200  # of a training curve kept in the results
-
-
-class Interrupted(RuntimeError):
-    """A signal stopped a training run; the same command continues it."""
 
 
 def dataset(settings: Settings, split: str, cache_dir: str):
@@ -124,7 +117,7 @@ class HeldOutBound:
     def __call__(self, state: TrainState) -> dict[str, float]:
         with state.eval_model() as model:
             means = [held_out_loss(model, self.x_BL, self.seed, number) for number in range(self.passes)]
-        return {"validation/bound": sum(means) / len(means)}
+        return {HELD_OUT: sum(means) / len(means)}
 
 
 def held_out_loss(model: nn.Module, x_BL: Tensor, seed: int, number: int) -> float:
@@ -166,23 +159,4 @@ def train(settings: dict, loss_type: str, noise: str, seed: int, run_dir: str, c
     )
     if done.stopped_early:
         raise Interrupted(f"training of {loss_type} was stopped at step {done.step}; run the same command to continue")
-    return curve(Path(run_dir) / "metrics.jsonl")
-
-
-def curve(path: Path) -> dict:
-    """Training and validation losses of a run, thinned to ``CURVE_POINTS``, with the last steps' mean and deviation."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = np.array([record["step"] for record in records if record.get("train/loss") is not None])
-    losses = np.array([record["train/loss"] for record in records if record.get("train/loss") is not None])
-    width = max(1, len(steps) // CURVE_POINTS)
-    whole = len(steps) // width * width
-    last = losses[-LAST_STEPS:]
-    validation = [record for record in records if record.get("validation/bound") is not None]
-    return {
-        "steps": steps[:whole].reshape(-1, width).mean(axis=1).round(2).tolist(),
-        "losses": losses[:whole].reshape(-1, width).mean(axis=1).round(5).tolist(),
-        "validation_steps": [record["step"] for record in validation],
-        "validation_bounds": [record["validation/bound"] for record in validation],
-        "last": float(last.mean()),
-        "last_deviation": float(last.std(ddof=1)) if len(last) > 1 else 0.0,
-    }
+    return training_curve(Path(run_dir) / "metrics.jsonl")

@@ -18,49 +18,5 @@ if [[ ! -f "${lib}" ]]; then
   echo "train_slurm.sh: ${lib} does not exist; submit from the repository's root or set QUINTET_ROOT." >&2
   exit 2
 fi
-wanted_nodes="${NNODES:-${SLURM_NNODES:-1}}"
-NNODES="${wanted_nodes}"
 source "${lib}"
-parse_arguments "$@"
-module=radd.train
-
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-  # shellcheck disable=SC2206 - SBATCH_ARGS holds several words on purpose
-  command=(sbatch --nodes "${NNODES}" --ntasks-per-node "${NPROC}" --gpus-per-node "${NPROC}" ${SBATCH_ARGS:-}
-    "${QUINTET_ROOT}/scripts/radd/train_slurm.sh" "${overrides[@]}")
-  show_command "${command[@]}"
-  validate "${module}" # a mistake shows here and not after hours in the queue
-  if [[ "${check}" == true ]]; then exit 0; fi
-  export QUINTET_ROOT NPROC NNODES PYTHON
-  exec "${command[@]}"
-fi
-
-if [[ "${SLURM_NNODES:-1}" != "${wanted_nodes}" ]]; then
-  say "NNODES=${wanted_nodes}, but SLURM gave ${SLURM_NNODES:-1}: submit with \`bash scripts/radd/train_slurm.sh\`, which" \
-    "passes --nodes, or add --nodes=${wanted_nodes} to sbatch."
-  exit 2
-fi
-hosts="$(scontrol show hostnames "${SLURM_JOB_NODELIST}")"
-MASTER_ADDR="${hosts%%$'\n'*}"
-MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
-export MASTER_ADDR MASTER_PORT
-
-# One task per process, without torchrun between: the signal then reaches the trainer, and so does its exit code here.
-ranks='export RANK="${SLURM_PROCID}" WORLD_SIZE="${SLURM_NTASKS}" LOCAL_RANK="${SLURM_LOCALID}"; exec "$@"'
-command=(srun --nodes "${NNODES}" --ntasks-per-node "${NPROC}" --kill-on-bad-exit=1
-  bash -c "${ranks}" rank "${PYTHON}" -m "${module}" "${overrides[@]}")
-show_command "${command[@]}"
-if [[ "${check}" == true ]]; then
-  validate "${module}"
-  exit 0
-fi
-run_dir="$(resolve_run_dir "${module}")"
-began="$(date +%s)"
-run_and_forward_signals USR1 "${command[@]}"
-if wants_requeue "${run_dir}" "${began}" || [[ "${signalled}" == true && "${status}" -ne 0 ]]; then
-  # a signal without the file came before the first step: there is nothing to lose in starting again
-  say "stopped by a signal; going back into the queue as job ${SLURM_JOB_ID}"
-  scontrol requeue "${SLURM_JOB_ID}"
-  exit 0
-fi
-exit "${status}"
+launch_slurm radd.train scripts/radd/train_slurm.sh "$@"

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted((ROOT / "scripts" / "radd").glob("*.sh"))
-MODULES = {
-    "train_torchrun.sh": "radd.train",
-    "train_deepspeed.sh": "radd.train",
-    "train_slurm.sh": "radd.train",
-    "evaluate.sh": "radd.evaluate",
-    "generate.sh": "radd.generate",
+PAPERS = ("radd", "diffullama")
+SCRIPTS = sorted(path for paper in PAPERS for path in (ROOT / "scripts" / paper).glob("*.sh"))
+ENTRY_POINTS = {
+    "train_torchrun.sh": "train",
+    "train_deepspeed.sh": "train",
+    "train_slurm.sh": "train",
+    "evaluate.sh": "evaluate",
+    "generate.sh": "generate",
 }
 CLEARED = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RUN_DIR", "PYTHON", "ZERO", "SBATCH_ARGS")
 
@@ -61,7 +62,7 @@ def launcher(tmp_path: Path):
         kept |= {"PYTHON": str(programs / "python"), "PATH": f"{programs}:{os.environ['PATH']}"}
         kept |= {"CALLS": str(tmp_path / "calls"), **environment}
         return subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / "radd" / script), *arguments],
+            ["bash", str(ROOT / "scripts" / script), *arguments],
             cwd=tmp_path,
             env=kept,
             text=True,
@@ -83,7 +84,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_every_launcher_of_the_specification_exists():
-    assert {path.name for path in SCRIPTS} == set(MODULES)
+    assert {f"{path.parent.name}/{path.name}" for path in SCRIPTS} == {f"{p}/{s}" for p in PAPERS for s in ENTRY_POINTS}
 
 
 @pytest.mark.parametrize("script", [ROOT / "scripts" / "lib.sh", *SCRIPTS], ids=lambda path: path.name)
@@ -93,26 +94,27 @@ def test_scripts_are_sound_bash(script: Path):
         assert "set -euo pipefail" in script.read_text()
 
 
-@pytest.mark.parametrize("script", list(MODULES))
-def test_check_shows_the_command_and_composes_it_but_does_not_run_it(launcher, tmp_path: Path, script: str):
-    code, err = finish(launcher(script, "--check", "seed=3", "name=two words"))
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("script", list(ENTRY_POINTS))
+def test_check_shows_the_command_and_composes_it_but_does_not_run_it(launcher, tmp_path: Path, script: str, paper: str):
+    code, err = finish(launcher(f"{paper}/{script}", "--check", "seed=3", "name=two words"))
     assert code == 0, err
     assert f"{script}: running: " in err
     assert "two\\ words" in err  # as it can be pasted
     [validated] = calls(tmp_path)
-    assert validated[:3] == ["python", "-m", MODULES[script]]
+    assert validated[:3] == ["python", "-m", f"{paper}.{ENTRY_POINTS[script]}"]
     assert validated[-2:] == ["--cfg", "job"]
     assert {"seed=3", "name=two words"} <= set(validated)
 
 
 def test_one_process_needs_no_torchrun_and_keeps_its_exit_code(launcher, tmp_path: Path):
-    code, _ = finish(launcher("train_torchrun.sh", "seed=3", NPROC="1", RUN_DIR="runs/mine", STUB_BODY="exit 2"))
+    code, _ = finish(launcher("radd/train_torchrun.sh", "seed=3", NPROC="1", RUN_DIR="runs/mine", STUB_BODY="exit 2"))
     assert code == 2
     assert calls(tmp_path) == [["python", "-m", "radd.train", "seed=3", "run_dir=runs/mine"]]
 
 
 def test_several_processes_are_started_by_torchrun(launcher, tmp_path: Path):
-    assert finish(launcher("train_torchrun.sh", "seed=3", NPROC="4"))[0] == 0
+    assert finish(launcher("radd/train_torchrun.sh", "seed=3", NPROC="4"))[0] == 0
     [call] = calls(tmp_path)
     assert call[:3] == ["python", "-m", "torch.distributed.run"]
     assert " ".join(call[3:]) == "--nnodes 1 --nproc_per_node 4 --standalone -m radd.train seed=3"
@@ -120,7 +122,7 @@ def test_several_processes_are_started_by_torchrun(launcher, tmp_path: Path):
 
 def test_several_machines_meet_at_the_first(launcher, tmp_path: Path):
     where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NPROC": "8"}
-    assert finish(launcher("evaluate.sh", **where))[0] == 0
+    assert finish(launcher("radd/evaluate.sh", **where))[0] == 0
     assert "--nnodes 2 --nproc_per_node 8 --node_rank 1 --master_addr node0 --master_port 29500 -m radd.evaluate" in (
         " ".join(calls(tmp_path)[0])
     )
@@ -131,14 +133,14 @@ def test_several_machines_meet_at_the_first(launcher, tmp_path: Path):
     [([], {}, "zero2"), ([], {"ZERO": "3"}, "zero3"), (["parallel=zero1"], {"ZERO": "3"}, "zero1")],
 )
 def test_deepspeed_script_chooses_a_zero_plan(launcher, tmp_path: Path, arguments, environment, plan: str):
-    assert finish(launcher("train_deepspeed.sh", *arguments, NPROC="2", **environment))[0] == 0
+    assert finish(launcher("radd/train_deepspeed.sh", *arguments, NPROC="2", **environment))[0] == 0
     [call] = calls(tmp_path)
     assert [word for word in call if word.startswith("parallel=")] == [f"parallel={plan}"]
 
 
 @pytest.mark.parametrize("name,value", [("NPROC", "0"), ("NNODES", "two"), ("NODE_RANK", "-1")])
 def test_a_bad_variable_is_named(launcher, tmp_path: Path, name: str, value: str):
-    code, err = finish(launcher("train_torchrun.sh", **{name: value}))
+    code, err = finish(launcher("radd/train_torchrun.sh", **{name: value}))
     assert code == 2
     assert f"{name}={value} must be a whole number" in err
     assert calls(tmp_path) == []
@@ -155,7 +157,7 @@ def test_a_signal_reaches_the_trainer_and_its_checkpoint_is_reported(launcher, t
     run_dir.mkdir()
     # torchrun would turn 85 into 1
     body = WAITS.format(started=started) + f'touch "{run_dir}/REQUEUE"; exit 1'
-    process = launcher("train_torchrun.sh", NPROC="2", STUB_BODY=body, STUB_RUN_DIR=str(run_dir))
+    process = launcher("radd/train_torchrun.sh", NPROC="2", STUB_BODY=body, STUB_RUN_DIR=str(run_dir))
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -168,7 +170,7 @@ def test_a_signal_reaches_the_trainer_and_its_checkpoint_is_reported(launcher, t
 def test_a_failure_without_a_signal_stays_a_failure(launcher, tmp_path: Path):
     (tmp_path / "REQUEUE").touch()
     os.utime(tmp_path / "REQUEUE", (1, 1))  # left over from an earlier stop
-    code, _ = finish(launcher("train_torchrun.sh", NPROC="2", STUB_BODY="exit 1", STUB_RUN_DIR=str(tmp_path)))
+    code, _ = finish(launcher("radd/train_torchrun.sh", NPROC="2", STUB_BODY="exit 1", STUB_RUN_DIR=str(tmp_path)))
     assert code == 1
 
 
@@ -178,7 +180,7 @@ TASK = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}  # what 
 
 def test_slurm_script_submits_itself_with_the_nodes_it_needs(launcher, tmp_path: Path):
     variables = {"NNODES": "4", "NPROC": "8", "SBATCH_ARGS": "--partition=gpu --time=1-00"}
-    code, err = finish(launcher("train_slurm.sh", "experiment=x", **variables))
+    code, err = finish(launcher("radd/train_slurm.sh", "experiment=x", **variables))
     assert code == 0, err
     validated, submitted = calls(tmp_path)
     assert validated[-2:] == ["--cfg", "job"]  # before it waits in the queue
@@ -186,15 +188,16 @@ def test_slurm_script_submits_itself_with_the_nodes_it_needs(launcher, tmp_path:
     assert " ".join(submitted) == f"{expected} {ROOT}/scripts/radd/train_slurm.sh experiment=x"
 
 
-def test_slurm_script_asks_for_the_signal_and_for_requeueing():
-    text = (ROOT / "scripts" / "radd" / "train_slurm.sh").read_text()
+@pytest.mark.parametrize("paper", PAPERS)
+def test_slurm_script_asks_for_the_signal_and_for_requeueing(paper: str):
+    text = (ROOT / "scripts" / paper / "train_slurm.sh").read_text()
     for directive in ("--requeue", "--signal=B:USR1@120", "--open-mode=append"):
         assert f"#SBATCH {directive}\n" in text
 
 
 def test_slurm_tasks_become_ranks(launcher, tmp_path: Path):
     body = 'echo "${RANK} ${WORLD_SIZE} ${LOCAL_RANK} ${MASTER_ADDR} ${MASTER_PORT}" >"${CALLS}.ranks"'
-    code, err = finish(launcher("train_slurm.sh", "seed=3", STUB_BODY=body, **JOB, **TASK))
+    code, err = finish(launcher("radd/train_slurm.sh", "seed=3", STUB_BODY=body, **JOB, **TASK))
     assert code == 0, err
     assert (tmp_path / "calls.ranks").read_text() == "3 8 3 node0 20077\n"
 
@@ -203,7 +206,7 @@ def test_a_preempted_slurm_job_goes_back_into_the_queue(launcher, tmp_path: Path
     started, run_dir = tmp_path / "started", tmp_path / "run"
     run_dir.mkdir()
     body = WAITS.format(started=started) + f'touch "{run_dir}/REQUEUE"; exit 85'
-    process = launcher("train_slurm.sh", STUB_BODY=body, STUB_RUN_DIR=str(run_dir), **JOB, **TASK)
+    process = launcher("radd/train_slurm.sh", STUB_BODY=body, STUB_RUN_DIR=str(run_dir), **JOB, **TASK)
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -216,18 +219,18 @@ def test_a_preempted_slurm_job_goes_back_into_the_queue(launcher, tmp_path: Path
 def test_a_failed_slurm_job_does_not_go_back_into_the_queue(launcher, tmp_path: Path):
     (tmp_path / "REQUEUE").touch()
     os.utime(tmp_path / "REQUEUE", (1, 1))
-    code, _ = finish(launcher("train_slurm.sh", STUB_BODY="exit 2", STUB_RUN_DIR=str(tmp_path), **JOB, **TASK))
+    code, _ = finish(launcher("radd/train_slurm.sh", STUB_BODY="exit 2", STUB_RUN_DIR=str(tmp_path), **JOB, **TASK))
     assert code == 2
     assert all(call[:2] != ["scontrol", "requeue"] for call in calls(tmp_path))
 
 
 def test_slurm_nodes_that_do_not_match_are_named(launcher):
-    code, err = finish(launcher("train_slurm.sh", **{**JOB, "NNODES": "4"}))
+    code, err = finish(launcher("radd/train_slurm.sh", **{**JOB, "NNODES": "4"}))
     assert code == 2
     assert "NNODES=4, but SLURM gave 2" in err
 
 
 def test_a_mistake_is_found_by_check_from_any_folder(launcher):
-    code, err = finish(launcher("train_torchrun.sh", "--check", "optim.lrr=1", PYTHON=sys.executable))
+    code, err = finish(launcher("radd/train_torchrun.sh", "--check", "optim.lrr=1", PYTHON=sys.executable))
     assert code == 2
     assert err.splitlines()[-1] == "error: optim.lrr is not an option; did you mean optim.lr?"

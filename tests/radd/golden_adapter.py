@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.checkpoint import load_weights
 from common.config import OptimConfig, TrackingConfig
+from common.data.detokenizers import DETOKENIZERS
 from common.data.packing import pack
 from common.diffusion.corruption import mask_bernoulli, mask_count
 from common.diffusion.schedules import Geometric, LogLinear, build_schedule
@@ -25,7 +26,6 @@ from common.tracking import read_records
 from common.trainer import fit
 from radd.bound import enumerate_bound
 from radd.config import NoiseConfig, TrainConfig, TrainingConfig
-from radd.detokenizers import DETOKENIZERS
 from radd.losses import SMALLEST_MASK_PROBABILITY, build_order, corrupt, ordered_nll, sequence_losses
 from radd.model import RADD, ModelConfig, apply_rotary, rotary_tables
 from radd.perplexity import loss_rows, token_nll

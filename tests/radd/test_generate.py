@@ -5,21 +5,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
 
 from common.checkpoint import export_weights
 from common.data.tokenizer import ByteTokenizer
 from common.errors import ConfigError, DataError
+from common.generation.given import read_fixed
+from common.generation.sample_file import SampleFile, read_records, texts
 from common.testing.golden import fill
-from radd.denoising_view import DenoisingView
-from radd.generation import GenerateConfig, generate, read_fixed
+from radd.generation import GenerateConfig, generate
 from radd.model import RADD, ModelConfig
-from radd.sample_file import SampleFile, read_records, texts
 
 TOKENS, LENGTH = 128, 24
 
@@ -203,19 +200,6 @@ def test_orders_and_fixed_tokens_can_come_from_files(tmp_path: Path, config: Gen
         read_fixed(str(tmp_path / "none.json"), ByteTokenizer())
     with pytest.raises(ConfigError, match="no tokenizer"):
         read_fixed({1: "a"}, None)
-
-
-def test_the_view_shows_masks_and_new_tokens():
-    console = Console(file=StringIO(), force_terminal=True, width=60)
-    with DenoisingView(ByteTokenizer(), TOKENS, console) as view:
-        view(torch.tensor([4, 2]), torch.tensor([[128] * 4, [72, 128, 105, 128]]))
-        text = view.render([72, 128, 105, 33], [72, 128, 128, 128])
-        assert text.plain == "H░i!"
-        assert [(span.start, span.end, span.style) for span in text.spans] == [(1, 2, "dim"), (2, 4, "bold green")]
-        view(torch.tensor([4, 2]), torch.tensor([[128] * 4, [72, 101, 105, 33]]))
-    shown = console.file.getvalue()
-    assert "row 2" in shown
-    assert "4 of 4 tokens" in shown
 
 
 def run_command(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess:

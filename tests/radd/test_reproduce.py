@@ -17,16 +17,17 @@ import torch
 from common.errors import ConfigError
 from common.report.command import exit_code
 from common.report.section_folder import load_section
+from common.reproduction.run import claim, seeds
+from common.reproduction.run import reproduce as run_reproduction
 from common.seeding import generator
 from radd.bound import t_dce_excess
 from radd.losses import build_order, ordered_nll
 from radd.model import RADD, ModelConfig
-from radd.reproduce import claim, main, plan, reproduce
+from radd.reproduce import REPRODUCTION, main, plan
 from radd.reproduction.checks import bound_checks, calls_check, joint_deviation, precision_checks
-from radd.reproduction.jobs import Job, run_jobs
 from radd.reproduction.sampling import tail_share, zipf
 from radd.reproduction.scoring import mean_and_error, ngram_nll, nll_by_count, order_nll, range_terms, unigram_nll
-from radd.reproduction.settings import FULL, SMALL, seeds
+from radd.reproduction.settings import FULL, SMALL, Settings
 
 TINY = dataclasses.replace(
     SMALL,
@@ -157,39 +158,11 @@ def test_precision_checks_want_fair_modes_fair_and_the_others_lower():
     assert results == [True, False, False, False]
 
 
-# ---------------------------------------------------------------- jobs
-
-
-def test_jobs_run_after_what_they_need_and_are_kept(tmp_path: Path):
-    kept = []
-    jobs = [
-        Job("second", "json:loads", {"s": '{"a": 2}'}, needs=("first",)),
-        Job("first", "json:loads", {"s": '{"a": 1}'}),
-    ]
-    order = []
-
-    def report(job: Job, result: dict, seconds: float, was_kept: bool) -> None:
-        order.append(job.name)
-        kept.append(was_kept)
-
-    results = run_jobs(jobs, tmp_path, revision="x", processes=0, report=report)
-    assert results == {"first": {"a": 1}, "second": {"a": 2}}
-    assert order == ["first", "second"]
-    (tmp_path / "first.json").write_text('{"fingerprint": "cut o')
-    run_jobs(jobs, tmp_path, revision="x", processes=0, report=report)
-    run_jobs(jobs, tmp_path, revision="other sources", processes=0, report=report)
-    assert kept == [False, False, True, False, False, False]
-
-
-def test_failing_job_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path):
-    jobs = [Job("good", "json:loads", {"s": "{}"}), Job("bad", "json:loads", {"s": "{"}, needs=("good",))]
-    with pytest.raises(json.JSONDecodeError):
-        run_jobs(jobs, tmp_path, revision="x", processes=1)
-    assert (tmp_path / "good.json").exists()
-    assert not (tmp_path / "bad.json").exists()
-
-
 # ---------------------------------------------------------------- the whole
+
+
+def reproduce(output: Path, settings: Settings, run_seeds: list[int], *, processes: int) -> bool:
+    return run_reproduction(REPRODUCTION, output, settings, run_seeds, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +170,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny reproduction: trains all four losses through the engine, scores, samples, reports."""
     output = tmp_path_factory.mktemp("reproduction") / "radd"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("radd.reproduce.source_revision", lambda: "0" * 64)  # sources may be edited while tests run
+        patch.setattr(
+            "common.reproduction.run.source_revision", lambda *_: "0" * 64
+        )  # sources may be edited while tests run
         assert reproduce(output, TINY, [0], processes=0) is False  # eight steps do not reach the limit
     return output
 
@@ -229,7 +204,7 @@ def test_losses_with_equal_gradients_train_equal_networks(finished: Path):
 
 
 def test_second_run_reuses_everything(finished: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr("radd.reproduce.source_revision", lambda: "0" * 64)
+    monkeypatch.setattr("common.reproduction.run.source_revision", lambda *_: "0" * 64)
     reproduce(finished, TINY, [0], processes=0)
     printed = capsys.readouterr().out
     assert printed.count("(kept)") == len(plan(TINY, [0], finished, "any"))
@@ -266,7 +241,7 @@ def test_full_plan_has_more_seeds_and_baselines(tmp_path: Path):
 def test_users_folder_is_refused_untouched(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
-        claim(tmp_path)
+        claim(tmp_path, "radd")
     monkeypatch.setattr(sys, "argv", ["reproduce", "--output", str(tmp_path)])
     assert exit_code(main) == 2
     monkeypatch.setattr(sys, "argv", ["reproduce", "--seed", "-1"])
@@ -282,10 +257,10 @@ def test_killed_reproduction_leaves_no_worker_and_continues(tmp_path: Path, repo
     """SIGKILL to the parent while a worker trains; then the same call finishes and has lost nothing."""
     long = dataclasses.replace(TINY, steps=200, loss_types=("k_DCE",))
     script = (
-        "import sys; from pathlib import Path; from radd.reproduce import reproduce; "
-        "from radd.reproduction.settings import Settings\n"
+        "import sys; from pathlib import Path; from radd.reproduce import REPRODUCTION; "
+        "from common.reproduction.run import reproduce; from radd.reproduction.settings import Settings\n"
         "if __name__ == '__main__': "
-        f"reproduce(Path(sys.argv[1]), Settings(**{long.as_dict()!r}), [0], processes=1)"
+        f"reproduce(REPRODUCTION, Path(sys.argv[1]), Settings(**{long.as_dict()!r}), [0], processes=1)"
     )
     path = tmp_path / "run.py"
     path.write_text(script)

@@ -5,13 +5,21 @@ import math
 import pytest
 import torch
 
+from common.diffusion.categorical import TokenDraw
 from common.diffusion.orders import SelectionRule
 from common.diffusion.reveal import GIVEN
+from common.diffusion.samplers import (
+    DiffusionSampler,
+    FirstHittingSampler,
+    OrderedSampler,
+    Sampler,
+    SelectionSampler,
+)
 from common.diffusion.schedules import Geometric, LogLinear
 from common.errors import ConfigError
 from common.testing.golden import fill
 from radd.model import RADD, ModelConfig
-from radd.sampler import DiffusionSampler, FirstHittingSampler, OrderedSampler, Sampler, SelectionSampler
+from radd.sampler import network
 
 TOKENS, LENGTH = 11, 16
 
@@ -23,21 +31,24 @@ def model() -> RADD:
 
 
 def samplers(model: RADD) -> dict[str, Sampler]:
+    net = network(model)
     return {
-        "tweedie": DiffusionSampler(model, LogLinear(), steps=12),
-        "euler": DiffusionSampler(model, Geometric(), method="euler", steps=5, strategy="top_p", strategy_para=0.9),
-        "stepwise": DiffusionSampler(model, LogLinear(), steps=12, event_driven=False),
-        "stepwise_top_k": DiffusionSampler(
-            model, LogLinear(), steps=12, event_driven=False, strategy="top_k", strategy_para=4
+        "tweedie": DiffusionSampler(net, LogLinear(), steps=12),
+        "euler": DiffusionSampler(
+            net, Geometric(), method="euler", steps=5, draw=TokenDraw(strategy="top_p", para=0.9)
         ),
-        "blocks": DiffusionSampler(model, LogLinear(), steps=3, block_length=5),
-        "first_hitting": FirstHittingSampler(model, temperature=0.7),
-        "ordered": OrderedSampler(model, strategy="top_k", strategy_para=3),
-        "ordered_pairs": OrderedSampler(model, "backward", per_call=2),
-        "confidence": SelectionSampler(model, SelectionRule(per_call=3)),
-        "random_counts": SelectionSampler(model, SelectionRule(order="random", steps=4)),
-        "left_blocks": SelectionSampler(model, SelectionRule(order="left_to_right", per_call=2), block_length=4),
-        "threshold": SelectionSampler(model, SelectionRule(order="margin", threshold=0.3)),
+        "stepwise": DiffusionSampler(net, LogLinear(), steps=12, event_driven=False),
+        "stepwise_top_k": DiffusionSampler(
+            net, LogLinear(), steps=12, event_driven=False, draw=TokenDraw(strategy="top_k", para=4)
+        ),
+        "blocks": DiffusionSampler(net, LogLinear(), steps=3, block_length=5),
+        "first_hitting": FirstHittingSampler(net, draw=TokenDraw(temperature=0.7)),
+        "ordered": OrderedSampler(net, draw=TokenDraw(strategy="top_k", para=3)),
+        "ordered_pairs": OrderedSampler(net, "backward", per_call=2),
+        "confidence": SelectionSampler(net, SelectionRule(per_call=3)),
+        "random_counts": SelectionSampler(net, SelectionRule(order="random", steps=4)),
+        "left_blocks": SelectionSampler(net, SelectionRule(order="left_to_right", per_call=2), block_length=4),
+        "threshold": SelectionSampler(net, SelectionRule(order="margin", threshold=0.3)),
     }
 
 
@@ -84,20 +95,20 @@ def test_a_full_canvas_needs_no_call(name: str, model: RADD):
 
 def test_narrow_filters_are_greedy_and_agree(model: RADD):
     options = [
-        {"strategy": "top_k", "strategy_para": 1},
-        {"strategy": "top_p", "strategy_para": 1e-6},
+        {"strategy": "top_k", "para": 1},
+        {"strategy": "top_p", "para": 1e-6},
         {"temperature": 0.0},
     ]
     results = []
     for option in options:
-        sampler = OrderedSampler(model, "forward", **option)
+        sampler = OrderedSampler(network(model), "forward", draw=TokenDraw(**option))
         results.append(sampler.sample(sampler.canvas(2, LENGTH), seed=len(results)).tokens_BL)
     assert all(torch.equal(results[0], other) for other in results)
 
 
 def test_rows_can_have_their_own_order(model: RADD):
     orders = [list(range(LENGTH)), list(range(LENGTH - 1, -1, -1))]
-    sampler = OrderedSampler(model, orders)
+    sampler = OrderedSampler(network(model), orders)
     result = sampler.sample(sampler.canvas(2, LENGTH))
     assert result.revealed_BL.tolist() == orders
     with pytest.raises(ConfigError, match="order has 2 rows, but row 2"):
@@ -105,7 +116,7 @@ def test_rows_can_have_their_own_order(model: RADD):
 
 
 def test_no_rows_are_no_error(model: RADD):
-    sampler = FirstHittingSampler(model)
+    sampler = FirstHittingSampler(network(model))
     assert sampler.sample(sampler.canvas(0, LENGTH)).tokens_BL.shape == (0, LENGTH)
     assert list(sampler.stream(sampler.canvas(1, LENGTH)[0], [])) == []
 
@@ -113,25 +124,28 @@ def test_no_rows_are_no_error(model: RADD):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda m: DiffusionSampler(m, LogLinear(), method="analytic"), "choose one of tweedie, euler"),
-        (lambda m: DiffusionSampler(m, LogLinear(), steps=0), "at least 1"),
-        (lambda m: DiffusionSampler(m, LogLinear(), strategy="beam"), "choose one of direct, top_p, top_k"),
-        (lambda m: DiffusionSampler(m, LogLinear(), strategy="top_p", strategy_para=0.0), r"\(0, 1\]"),
-        (lambda m: DiffusionSampler(m, LogLinear(), strategy="top_p", strategy_para=1.1), r"\(0, 1\]"),
-        (lambda m: DiffusionSampler(m, LogLinear(), strategy="top_k", strategy_para=0), "from 1"),
-        (lambda m: DiffusionSampler(m, LogLinear(), strategy="top_k", strategy_para=12), "from 1 to 11"),
-        (lambda m: DiffusionSampler(m, LogLinear(), precision="float16-compat"), "sampler=stepwise"),
-        (lambda m: DiffusionSampler(m, LogLinear(), block_length=0), "block_length=0"),
-        (lambda m: OrderedSampler(m, "sideways"), "choose one of random"),
-        (lambda m: OrderedSampler(m, [0, 1]).sample(torch.full((1, LENGTH), TOKENS)), "2 positions, but length=16"),
-        (lambda m: OrderedSampler(m, [0] * LENGTH).sample(torch.full((1, LENGTH), TOKENS)), "not a permutation"),
-        (lambda m: FirstHittingSampler(m).canvas(1, 4, prefix=[1] * 3, suffix=[1] * 2), "do not fit into length=4"),
-        (lambda m: FirstHittingSampler(m).canvas(1, 4, prefix=[TOKENS]), "ids run from 0 to 10"),
+        (lambda n: DiffusionSampler(n, LogLinear(), method="analytic"), "choose one of tweedie, euler"),
+        (lambda n: DiffusionSampler(n, LogLinear(), steps=0), "at least 1"),
+        (
+            lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(strategy="beam")),
+            "choose one of direct, top_p, top_k",
+        ),
+        (lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(strategy="top_p", para=0.0)), r"\(0, 1\]"),
+        (lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(strategy="top_p", para=1.1)), r"\(0, 1\]"),
+        (lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(strategy="top_k", para=0)), "from 1"),
+        (lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(strategy="top_k", para=12)), "from 1 to 11"),
+        (lambda n: DiffusionSampler(n, LogLinear(), draw=TokenDraw(precision="float16-compat")), "sampler=stepwise"),
+        (lambda n: DiffusionSampler(n, LogLinear(), block_length=0), "block_length=0"),
+        (lambda n: OrderedSampler(n, "sideways"), "choose one of random"),
+        (lambda n: OrderedSampler(n, [0, 1]).sample(torch.full((1, LENGTH), TOKENS)), "2 positions, but length=16"),
+        (lambda n: OrderedSampler(n, [0] * LENGTH).sample(torch.full((1, LENGTH), TOKENS)), "not a permutation"),
+        (lambda n: FirstHittingSampler(n).canvas(1, 4, prefix=[1] * 3, suffix=[1] * 2), "do not fit into length=4"),
+        (lambda n: FirstHittingSampler(n).canvas(1, 4, prefix=[TOKENS]), "ids run from 0 to 10"),
     ],
 )
 def test_impossible_options_are_refused(build, message: str, model: RADD):
     with pytest.raises(ConfigError, match=message):
-        build(model)
+        build(network(model))
 
 
 @pytest.mark.gpu

@@ -1,14 +1,18 @@
 """Token caches: same tokens as in memory, keyed by content, whole or absent, safe with several processes."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from common.data import cache
 from common.data.cache import TokenRecipe, load_or_build_tokens
 from common.data.dataset import TokenDataset
 from common.data.local_files import LocalFiles
@@ -255,3 +259,50 @@ def test_many_small_chunks_give_the_same_stream_as_one(tmp_path, monkeypatch):
     np.testing.assert_array_equal(build(None).tokens, whole)
     monkeypatch.setattr("common.data.cache.CHUNK_DOCUMENTS", 1)
     np.testing.assert_array_equal(build(tmp_path).tokens, whole)
+
+
+class _Stops:
+    """A source that raises before document ``at`` the first time it is read."""
+
+    label, num_documents = "stops", 20
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.at, self.error, self.read = at, error, []
+
+    def documents(self):
+        for number in range(20):
+            if number == self.at:
+                self.at = -1
+                raise self.error
+            self.read.append(number)
+            yield f"document {number} " * (number + 1)
+
+    def fingerprint(self) -> str:
+        return "the same documents"
+
+
+@pytest.mark.parametrize("grouping", [{}, {"group_size": 3, "length": 16}])
+def test_an_interrupted_builder_is_continued_and_gives_the_same_tokens(tmp_path, monkeypatch, grouping):
+    monkeypatch.setattr(cache, "CHUNK_DOCUMENTS", 2)
+    monkeypatch.setattr(cache, "JOURNAL_SECONDS", 0.0)
+    stopping = TokenRecipe(source=_Stops(-1, OSError), tokenizer=ByteTokenizer(), **grouping)
+    whole = load_or_build_tokens(stopping, tmp_path / "whole")
+    source = _Stops(9, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_or_build_tokens(dataclasses.replace(stopping, source=source), tmp_path / "cut")
+    (left,) = (tmp_path / "cut" / "tokens").glob(".*.tmp-*")
+    with (left / "tokens.bin").open("ab") as stream:
+        stream.write(b"half a chunk")
+    # as if by another process, which has ended
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left.rename(left.with_name(left.name.rsplit("-", 1)[0] + f"-{ended.pid}"))
+    encoded = []
+    monkeypatch.setattr(
+        ByteTokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or [self.encode(t) for t in texts]
+    )
+    again = load_or_build_tokens(dataclasses.replace(stopping, source=source), tmp_path / "cut")
+    np.testing.assert_array_equal(again.tokens, whole.tokens)
+    assert (again.documents, again.total_tokens) == (20, whole.total_tokens)
+    assert len(encoded) == 12, "only what came after the journal is tokenized"
+    assert sorted(path.name for path in again.path.parent.iterdir()) == ["manifest.json", "tokens.bin"]

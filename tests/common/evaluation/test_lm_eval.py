@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.data.tokenizer import ByteTokenizer
+from common.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from common.errors import ConfigError
 from common.evaluation.masked_model import MaskedLanguageModel, find_loader, load_masked_model
 
@@ -138,6 +138,120 @@ def test_sampled_generation_is_repeatable_and_differs_between_repeats(build):
     assert first != build(seed=1).generate_until(requests, disable_tqdm=True)
     blocks = build(gen_block=4, gen_steps=2).generate_until(requests[:1], disable_tqdm=True)
     assert len(blocks[0]) > 0
+
+
+# ---------------------------------------------------------------- tokenizers of the hub
+
+
+def hub_tokenizer(*, adds_bos: bool, merges: bool = False) -> HuggingFaceTokenizer:
+    """Characters as tokens; LLaMA's kind puts a beginning-of-text token before every text, Qwen's has none. With
+    ``merges``, "a" and a following "b" become one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["</s>", *(["<s>"] if adds_bos else []), *"abcdefghijklmnopqrstuvwxyz ."]
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    if merges:
+        vocabulary["ab"] = len(vocabulary)
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")] if merges else []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("\n", "isolated"), decoders.Fuse()
+    if adds_bos:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return HuggingFaceTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", bos_token="<s>" if adds_bos else None)
+    )
+
+
+def spelled(tokenizer: HuggingFaceTokenizer, **options) -> object:
+    """The adapter over a denoiser that gives every token the same probability; 40 ids, the last one the mask."""
+    from common.evaluation.lm_eval import DiffusionLM
+
+    def denoise(tokens_RL: Tensor, where_RL: Tensor) -> Tensor:
+        assert not where_RL[:, 0].any(), "the first position has no prediction in a shifted model"
+        log_probs_PV = torch.full((int(where_RL.sum()), 40), -math.log(39))
+        log_probs_PV[:, 39] = -torch.inf
+        return log_probs_PV
+
+    model = MaskedLanguageModel(denoise, 39, 24, tokenizer, torch.device("cpu"))
+    return DiffusionLM(pretrained=model, draws=4, is_greedy="none", **options)
+
+
+def test_texts_begin_as_their_tokenizer_begins_them():
+    llama, qwen = spelled(hub_tokenizer(adds_bos=True)), spelled(hub_tokenizer(adds_bos=False))
+    assert llama.prefix_token_id == 1 and qwen.prefix_token_id == qwen.eot_token_id == 0
+    assert llama.tok_encode("ab")[0] == 1 and llama.tok_encode("ab", add_special_tokens=False)[0] != 1
+    assert llama.tok_encode("<s>ab").count(1) == 1  # not twice
+    assert qwen.tok_encode("ab") == qwen.tok_encode("ab", add_special_tokens=False)
+    context, continuation = llama._encode_pair("ab ", "cd")
+    assert context == llama.tok_encode("ab")
+    assert continuation == llama.tok_encode(" cd", add_special_tokens=False)  # the space goes to the continuation
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_there_is_always_a_token_of_context(adds_bos):
+    """Empty contexts, contexts of spaces, contexts and continuations longer than the window."""
+    model = spelled(hub_tokenizer(adds_bos=adds_bos))
+    pairs = [("", "abc"), (" ", "abc"), ("a" * 60, "b"), ("ab", "c" * 60), ("", "c" * 60)]
+    found = model.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    lengths = [3, 4, 1, 60, 60]
+    assert [value for value, _ in found] == pytest.approx([-count * math.log(39) for count in lengths], rel=1e-5)
+    texts = [request("loglikelihood_rolling", text) for text in ("abc", "d" * 70)]
+    rolling = model.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert rolling == pytest.approx([-3 * math.log(39), -70 * math.log(39)], rel=1e-5)
+    options = {"until": ["."], "max_gen_toks": 30}
+    assert len(model.generate_until([request("generate_until", "", options)], disable_tqdm=True)) == 1
+
+
+def test_long_contexts_and_long_answers_share_the_window(build, caplog):
+    model = build()
+    for context, wanted, kept, free in [
+        ("abc", 10, 3, 10),
+        ("abc", 40, 3, 21),
+        ("a" * 40, 10, 14, 10),
+        ("a" * 40, 40, 12, 12),
+    ]:
+        tokens_L, masks = model._canvas(context, wanted)
+        assert (len(tokens_L) - masks, masks) == (kept, free)
+    assert caplog.text.count("max_gen_toks=40 does not fit") == 1
+
+
+def test_a_continuation_that_merges_into_its_context_is_still_scored():
+    model = spelled(hub_tokenizer(adds_bos=True, merges=True))
+    assert model.masked.tokenizer.encode("ab") == [30]
+    ((value, _),) = model.loglikelihood([request("loglikelihood", "a", "b")], disable_tqdm=True)
+    assert value == pytest.approx(-math.log(39))
+
+
+def test_chat_templates_are_the_tokenizers(build):
+    tokenizer = hub_tokenizer(adds_bos=True)
+    tokenizer.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}.{% endfor %}"
+    assert spelled(tokenizer).apply_chat_template([{"role": "user", "content": "hi"}]) == "hi."
+    with pytest.raises(ConfigError, match="needs a Hugging Face tokenizer"):
+        build().apply_chat_template([])
+
+
+def test_continuations_of_one_context_share_their_masks(build):
+    """Equal continuations tie, and two that differ in one token differ by less than under independent masks."""
+    model = build(draws=8)
+    windows = [next(model._windows([97, 98], [*range(100, 112), last])) for last in (65, 65, 66)]
+    assert len({window.key for window in windows}) == 1
+    rows = [list(model._replicates(window))[0].masked_RL for window in windows]
+    assert torch.equal(rows[0], rows[2])
+    assert next(model._windows([97, 99], [1])).key != next(model._windows([97, 98], [1])).key
+    # a lone beginning-of-text token is shared by unrelated texts: those are kept apart
+    assert next(model._windows([0], [1, 2])).key != next(model._windows([0], [3, 4])).key
+
+
+def test_a_mask_that_is_an_ordinary_token_may_occur_in_a_text(masked):
+    from common.evaluation.lm_eval import DiffusionLM
+
+    def nll(z_RL: Tensor, x_RL: Tensor, where_RL: Tensor) -> Tensor:
+        return torch.full((int(where_RL.sum()),), 2.0)
+
+    own = MaskedLanguageModel(masked.denoise, 98, 24, masked.tokenizer, masked.device, nll=nll)  # "b" is the mask
+    model = DiffusionLM(pretrained=own, is_greedy="none")
+    ((value, _),) = model.loglikelihood([request("loglikelihood", "xa", "bcb")], disable_tqdm=True)
+    assert value == pytest.approx(-6.0)
 
 
 def test_unusable_options_are_named(build, masked):

@@ -52,11 +52,13 @@ class SampleFile:
     Args:
         path: the output; None keeps records in memory only.
         rank: of this process.
+        record: what a line holds, ``SampleRecord`` or a subclass with more fields.
     """
 
-    def __init__(self, path: str | None, rank: int = 0) -> None:
+    def __init__(self, path: str | None, rank: int = 0, record: type[SampleRecord] = SampleRecord) -> None:
         self.path = None if path is None else Path(path)
         self.rank = rank
+        self._record = record
         self._records: dict[int, SampleRecord] = {}
 
     def parts(self) -> list[Path]:
@@ -94,7 +96,7 @@ class SampleFile:
                 "resume=true to continue it, overwrite=true to replace it, or choose another name."
             )
         for path in found:
-            for record in read_records(path):
+            for record in read_records(path, self._record):
                 if record.settings != settings:
                     raise ConfigError(
                         f"resume=true, but {path} was made with other options (row {record.index}); repeat the command "
@@ -117,7 +119,7 @@ class SampleFile:
     def merge(self) -> list[SampleRecord]:
         """All records of all processes by row number, written to the output; called by the main process at the end."""
         for part in self.parts():
-            self._records |= {record.index: record for record in read_records(part)}
+            self._records |= {record.index: record for record in read_records(part, self._record)}
         records = [self._records[index] for index in sorted(self._records)]
         if self.path is not None:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -136,7 +138,7 @@ def glob_escape(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def read_records(path: str | Path) -> list[SampleRecord]:
+def read_records(path: str | Path, record: type[SampleRecord] = SampleRecord) -> list[SampleRecord]:
     """Records of one file; a last line that an interruption cut short is left out.
 
     Raises: DataError for any other line that is not a record.
@@ -145,7 +147,7 @@ def read_records(path: str | Path) -> list[SampleRecord]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as sampled texts: {error}.") from error
-    names = {field.name for field in fields(SampleRecord)}
+    names = {field.name for field in fields(record)}
     records = []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -154,7 +156,7 @@ def read_records(path: str | Path) -> list[SampleRecord]:
             values = json.loads(line)
             if not isinstance(values, Mapping) or set(values) != names:
                 raise ValueError("other fields than those of a sampled text")
-            records.append(SampleRecord(**values))
+            records.append(record(**values))
         except ValueError as error:
             if number == len(lines):  # every complete line ends in a newline
                 continue

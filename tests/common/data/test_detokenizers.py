@@ -2,9 +2,9 @@
 
 import pytest
 
+from common.data.detokenizers import DETOKENIZERS, find_detokenizer
 from common.errors import ConfigError
 from common.testing.golden import load_cases
-from radd.detokenizers import DETOKENIZERS, find_detokenizer
 
 
 @pytest.mark.parametrize("name", DETOKENIZERS)

@@ -5,12 +5,7 @@ import json
 import datasets
 import pytest
 
-from common.data.hub import HubDataset
-from common.data.packing import pack
-from common.data.text import embedded_documents
-from common.data.tokenizer import ByteTokenizer, load_tokenizer
-from common.errors import ConfigError, DataError
-from radd.data import (
+from common.data.corpora import (
     CORPORA,
     build_text_dataset,
     build_text_stream,
@@ -18,7 +13,12 @@ from radd.data import (
     open_source,
     parse_name,
 )
-from radd.detokenizers import ptb_detokenizer, wikitext_detokenizer
+from common.data.detokenizers import ptb_detokenizer, wikitext_detokenizer
+from common.data.hub import HubDataset
+from common.data.packing import pack
+from common.data.text import embedded_documents
+from common.data.tokenizer import ByteTokenizer, load_tokenizer
+from common.errors import ConfigError, DataError
 
 BYTES = ByteTokenizer()
 PTB = ["mr. <unk> is chairman", "the company 's profit rose N N", "they did n't say"]
@@ -102,7 +102,7 @@ def test_known_corpora_ask_the_hub_for_the_right_split(monkeypatch):
         column = CORPORA["ptb"].fields[0] if "ptb" in repository else "text"
         return datasets.Dataset.from_dict({column: ["some text"] * 4})
 
-    monkeypatch.setattr("radd.data.load_hub_dataset", load)
+    monkeypatch.setattr("common.data.corpora.load_hub_dataset", load)
     for name, split in (
         ("wikitext2", "test"),
         ("wikitext2", "train"),

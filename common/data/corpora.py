@@ -1,9 +1,9 @@
-"""RADD's corpora by name: where they come from, which split is which, how their text is detokenized.
+"""Corpora by name: where they come from, which split is which, how their text is detokenized.
 
 Names: ``embedded`` (``embedded:topics``, ``embedded:docstrings``), ``wikitext103``, ``wikitext2``, ``ptb``, ``lm1b``,
-``lambada``, ``openwebtext``; any hub dataset as ``owner/name`` or ``owner/name:config``; local files as a path, or as
-``name=path`` (or ``name:path``, which needs no quotes on a command line), where the name chooses the detokenizer.
-``::COLUMN`` at the end names the column that holds the text.
+``lambada``, ``openwebtext``, ``fineweb``, ``c4``, ``wikipedia``; any hub dataset as ``owner/name`` or
+``owner/name:config``; local files as a path, or as ``name=path`` (or ``name:path``, which needs no quotes on a command
+line), where the name chooses the detokenizer. ``::COLUMN`` at the end names the column that holds the text.
 
     build_text_dataset("embedded:topics", "train", length=64, tokenizer="byte", cache_dir="data")
     build_text_dataset("ptb=/corpora/ptb.test.txt", "test", length=1024, tokenizer="gpt2", cache_dir="data")
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.data.cache import TokenRecipe, load_or_build_tokens
 from common.data.dataset import TokenDataset
+from common.data.detokenizers import find_detokenizer
 from common.data.hub import HubDataset, is_saved_dataset, load_hub_dataset, load_saved_dataset, stream_of_files
 from common.data.local_files import LocalFiles, TextUnit, find_files, kind_of
 from common.data.sources import EmbeddedText, Source
@@ -24,7 +25,6 @@ from common.data.streaming import PackedStream, StreamingTrainLoader
 from common.data.text import SOURCES
 from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.errors import ConfigError
-from radd.detokenizers import find_detokenizer
 
 SPLITS = ("train", "validation", "test")
 WHOLE = {name: name for name in SPLITS}
@@ -61,6 +61,9 @@ CORPORA: dict[str, Corpus] = {
         hub="EleutherAI/lambada_openai", config="default", splits={"validation": "test", "test": "test"}, unit="line"
     ),
     "openwebtext": Corpus(hub="Skylion007/openwebtext", splits={"train": "train"}),
+    "fineweb": Corpus(hub="HuggingFaceFW/fineweb", config="sample-100BT", splits={"train": "train"}),
+    "c4": Corpus(hub="allenai/c4", config="en", splits={"train": "train", "validation": "validation"}),
+    "wikipedia": Corpus(hub="wikimedia/wikipedia", config="20231101.en", splits={"train": "train"}),
 }
 
 
@@ -293,7 +296,7 @@ def _check_split(split: str, corpus: Corpus | None, name: str) -> None:
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}.")
     if corpus is not None and split not in corpus.splits:
-        hint = "; use data.valid=wikitext103, as the reference does" if name == "openwebtext" else ""
+        hint = "; use data.valid=wikitext103, as RADD's released code does" if name == "openwebtext" else ""
         raise ConfigError(f"{name} has no {split} split, only {', '.join(corpus.splits)}{hint}.")
 
 

@@ -21,6 +21,10 @@ from pathlib import Path
 from common.report.page import write_atomically
 
 
+class Interrupted(RuntimeError):
+    """A signal stopped a job; the same command continues it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One unit of work.

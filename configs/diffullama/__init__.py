@@ -1,0 +1,1 @@
+"""DiffuLLaMA's configurations: one primary file per entry point, and its groups."""

@@ -1,0 +1,1 @@
+"""Parts of ``python -m diffullama.reproduce``: settings, training of the arms, scoring, results."""

@@ -1,0 +1,1 @@
+"""The evaluation tasks: multiple choice, text answers, programs, likelihood of text, and judged samples."""
