@@ -62,7 +62,7 @@ class Size:
         return f"{model}, batch {self.batch} x {self.length}"
 
 
-TIMED = Size(2, 768, 8_376, 8, 256)
+TIMED = Size(4, 512, 11_167, 6, 256)
 HELD = Size(3, 256, 4_187, 32, 512)
 FULL = Size(12, 768, 50_257, 32, 512)
 

@@ -1,12 +1,14 @@
 """What a run starts from: tokenizer, special tokens and a way to build the model, decided before any weight is read."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from torch._guards import detect_fake_mode
 
 from common.checkpoint import CONFIG_FILE
 from common.data.corpora import load_data_tokenizer
@@ -15,9 +17,10 @@ from common.errors import CheckpointError, ConfigError
 from common.seeding import generator
 from diffullama.attention import require_bidirectional
 from diffullama.config import TrainConfig
-from diffullama.loading import TOKENIZER_FILES, find_folder, load_model, read_hf_config, resolve_dtype
-from diffullama.lora import ADAPTER_CONFIG, apply_lora, read_adapter_config
+from diffullama.loading import find_folder, load_model, read_hf_config, resolve_dtype, tokenizer_folder
+from diffullama.lora import ADAPTER_CONFIG, apply_lora, merge, read_adapter_config
 from diffullama.model import DiffusionLM
+from diffullama.pairs import load_pairs
 from diffullama.saving import ARCHITECTURE_FOLDER, quiet_transformers
 from diffullama.special_tokens import (
     MASK_TOKEN,
@@ -28,6 +31,7 @@ from diffullama.special_tokens import (
     resolve_special_tokens,
 )
 
+EMBEDDING_KEYS = ("embed_tokens.weight", "wte.weight")
 DROPOUT_OPTIONS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
 
 
@@ -39,6 +43,7 @@ class Start:
         config: of the run.
         hf_config: the library's configuration, with as many rows as the model will have.
         tokenizer: with the mask among its tokens, if that was added.
+        plain_tokenizer: as it was before.
         special: ids of mask, beginning, end, padding and separator.
         digits: fine-tuning text becomes one token per digit (the released gpt2-medium).
     """
@@ -46,49 +51,81 @@ class Start:
     config: TrainConfig
     hf_config: Any
     tokenizer: Tokenizer
+    plain_tokenizer: Tokenizer
     special: SpecialTokens
     digits: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    _is_probed: bool = False
 
     @property
     def vocab_size(self) -> int:
         return int(self.hf_config.vocab_size)
 
+    @property
+    def has_stored_base(self) -> bool:
+        """Whether an adapter's base model can be loaded again as it is."""
+        return not (self.config.model.from_scratch or self.config.model.add_mask_token)
+
     def build(self) -> DiffusionLM:
         """A new model: the stored weights, or random ones from torch's global generator; with fresh adapters.
 
-        The information-flow probe runs here: a model that is still causal is refused.
+        The information-flow probe runs here, once: a model that is still causal is refused.
         """
+        model = self._finish(self._random() if self.config.model.from_scratch else self._pretrained())
+        if not self._is_probed:
+            require_bidirectional(model)
+            self._is_probed = True
+        return model
+
+    def sketch(self) -> DiffusionLM:
+        """The model with random weights, to be measured; on fake tensors without adapters, which peft cannot build so.
+
+        The adapters' own activations are small beside those of the model below them.
+        """
+        return self._finish(self._random(), adapters=detect_fake_mode() is None)
+
+    def _finish(self, hf: nn.Module, adapters: bool = True) -> DiffusionLM:
         section, objective = self.config.model, self.config.objective
-        if section.from_scratch or _is_meta():
-            hf = _from_config(self.hf_config, section.attn_implementation).to(resolve_dtype(section.dtype))
-            model = DiffusionLM(hf, self.special.mask_id, objective.shift)
-        else:
-            model = self._pretrained()
+        # an autoregressive model has no mask: it is saved as what it is, and other programs run it causally
+        model = DiffusionLM(hf, self.mask_id, objective.shift or objective.is_causal)
         fuse_activations(model.hf)
         if section.dropout is not None:
             set_dropout(model.hf, section.dropout)
-        model = apply_lora(model, self.config.peft)
-        if not objective.is_causal and not _is_meta():
-            require_bidirectional(model)
-        return model.train()
+        return (apply_lora(model, self.config.peft) if adapters else model).train()
 
-    def _pretrained(self) -> DiffusionLM:
+    def _random(self) -> nn.Module:
         section = self.config.model
+        return _from_config(self.hf_config, section.attn_implementation, resolve_dtype(section.dtype))
+
+    @property
+    def mask_id(self) -> int | None:
+        """The model's mask; None in the autoregressive stages."""
+        return None if self.config.objective.is_causal else self.special.mask_id
+
+    def _pretrained(self) -> nn.Module:
+        """The library's model with its stored weights, adapters merged, and a row for an added mask.
+
+        Raises: ConfigError if it was adapted with another shift than is asked for.
+        """
+        section, objective = self.config.model, self.config.objective
         added = section.add_mask_token
         loaded = load_model(
             section.path,
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             mask_token_id=None if added else self.special.mask_id,
-            shift=self.config.objective.shift,
-            causal_parent=added or self.config.objective.is_causal,
+            causal_parent=added or objective.is_causal,
         )
-        if not added or loaded.special.mask_id is not None:
-            return loaded.model
-        tokenizer = copy.deepcopy(loaded.tokenizer)
-        mask_id = add_mask_token(loaded.model.hf, tokenizer, generator(self.config.seed, "mask row"))
-        return DiffusionLM(loaded.model.hf, mask_id, self.config.objective.shift)
+        was_adapted = loaded.config.get("is_causal") is False
+        if was_adapted and not objective.is_causal and loaded.model.shift != objective.shift:
+            raise ConfigError(
+                f"objective.shift={str(objective.shift).lower()}, but model.path={section.path} was adapted with "
+                f"shift={str(loaded.model.shift).lower()}; set objective.shift={str(loaded.model.shift).lower()}."
+            )
+        hf = merge(loaded.model).lm
+        if added:
+            add_mask_token(hf, copy.deepcopy(self.plain_tokenizer), generator(self.config.seed, "mask row"))
+        return hf
 
 
 def prepare(config: TrainConfig) -> Start:
@@ -97,7 +134,8 @@ def prepare(config: TrainConfig) -> Start:
     Raises: ConfigError for an unknown or impossible mask; CheckpointError, DataError if nothing usable is there.
     """
     section = config.model
-    folder = None if section.path is None else find_folder(str(section.path))
+    needs_weights = not (section.from_scratch or config.dry_run)
+    folder = None if section.path is None else find_folder(str(section.path), weights=needs_weights)
     hf_config = _architecture(section.architecture) if section.architecture else describe(folder, str(section.path))
     hf_config = copy.deepcopy(hf_config)
     tokenizer = _tokenizer(config, folder)
@@ -110,6 +148,7 @@ def prepare(config: TrainConfig) -> Start:
             f"{hf_config.vocab_size} embedding rows; use the model's own (data.tokenizer=null)."
         )
     digits = (family := find_family(hf_config, tokenizer)) is not None and family.isolates_digits
+    plain = copy.deepcopy(tokenizer)
     if section.add_mask_token:
         mask_id = name_mask(tokenizer)
         hf_config.vocab_size = max(int(hf_config.vocab_size), mask_id + 1)
@@ -122,6 +161,8 @@ def prepare(config: TrainConfig) -> Start:
             require_mask=not config.objective.is_causal,
         )
     check_special_tokens(special, int(hf_config.vocab_size))
+    if config.objective.is_finetuning and special.sep_id is None:
+        special = replace(special, sep_id=separator_id(tokenizer, config.data.separator))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a small vocabulary has other ids than the preset
         value = getattr(hf_config, name, None)
         if fits_anyhow and isinstance(value, int):
@@ -131,7 +172,7 @@ def prepare(config: TrainConfig) -> Start:
         "max_length": section.length,
         "stage": config.objective.stage,
     }
-    return Start(config, hf_config, tokenizer, special, digits, metadata)
+    return Start(config, hf_config, tokenizer, plain, special, digits, metadata)
 
 
 def describe(folder: Path, name: str) -> Any:
@@ -144,7 +185,21 @@ def describe(folder: Path, name: str) -> Any:
         if not base:
             raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; merge it first (diffullama.export).")
         return describe(find_folder(str(base)), str(base))
-    return read_hf_config(folder)
+    hf_config = read_hf_config(folder)
+    rows = embedding_rows(folder)
+    if rows is not None:  # the released gpt2-medium model has one more than its configuration says
+        hf_config.vocab_size = rows
+    return hf_config
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """Rows of the stored token embedding, from the headers of safetensors files; None where there are none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                if key.endswith(EMBEDDING_KEYS):
+                    return int(file.get_slice(key).get_shape()[0])
+    return None
 
 
 def name_mask(tokenizer: Tokenizer) -> int:
@@ -173,6 +228,19 @@ def fuse_activations(hf: nn.Module) -> None:
         hf.config.activation_function = "gelu_pytorch_tanh"
 
 
+def separator_id(tokenizer: Tokenizer, text: str) -> int:
+    """Id of the token between prompt and answer.
+
+    Raises: ConfigError unless it is one token.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"data.separator={text!r} is {len(ids)} tokens ({ids}) of this tokenizer; choose a text that is one token."
+        )
+    return ids[0]
+
+
 def set_dropout(hf: nn.Module, probability: float) -> None:
     """Sets every dropout of a transformers model, in place."""
     for name in DROPOUT_OPTIONS:
@@ -186,17 +254,26 @@ def set_dropout(hf: nn.Module, probability: float) -> None:
 
 
 def _tokenizer(config: TrainConfig, folder: Path | None) -> Tokenizer:
-    name = config.data.tokenizer
-    if name is not None:
-        return load_data_tokenizer(name, config.data.train, cache_dir=config.data.cache_dir)
-    places = () if folder is None else (folder, folder / "tokenizer", folder.parent.parent / "tokenizer")
-    found = next((place for place in places if any((place / file).is_file() for file in TOKENIZER_FILES)), None)
+    data = config.data
+    if data.tokenizer is not None and data.tokenizer.startswith("bpe:") and config.objective.is_finetuning:
+        return load_tokenizer(data.tokenizer, documents=pair_texts(config), cache_dir=data.cache_dir)
+    if data.tokenizer is not None:
+        return load_data_tokenizer(data.tokenizer, data.train, cache_dir=data.cache_dir)
+    found = None if folder is None else tokenizer_folder(folder)
     if found is None:
         raise ConfigError(
             f"model.path={config.model.path} comes without a tokenizer; give one with data.tokenizer=..., for example "
             "byte, bpe:1024, a folder or a hub name."
         )
     return load_tokenizer(found)
+
+
+def pair_texts(config: TrainConfig) -> list[str]:
+    """Prompts and answers of the training pairs, which a tokenizer may learn from."""
+    data = config.data
+    columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
+    pairs = load_pairs(data.train, "train", **columns, seed=config.seed, cache_dir=data.cache_dir)
+    return [text for pair in pairs for text in pair]
 
 
 def _architecture(options: dict[str, Any]) -> Any:
@@ -214,13 +291,9 @@ def _architecture(options: dict[str, Any]) -> Any:
         raise ConfigError(f"model.architecture cannot be built: {reason}; see the options of {kind}.") from None
 
 
-def _from_config(hf_config: Any, attn_implementation: str | None) -> nn.Module:
+def _from_config(hf_config: Any, attn_implementation: str | None, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with quiet_transformers():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **options)
-
-
-def _is_meta() -> bool:
-    return torch.get_default_device().type == "meta"
+        return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **options)

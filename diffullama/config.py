@@ -38,6 +38,7 @@ class ObjectiveConfig:
     time_eps: float = 1e-3  # smallest masking time
     anneal_steps: int = 10_000  # steps until attention is fully open; 1: from the start
     by_id: bool = False  # clean tokens that equal the mask's id count as masked, as in the reference
+    keep_first: bool = True  # with shift: position 0, which has no prediction, stays clean; the reference masks it
 
     def __post_init__(self) -> None:
         require_choice("objective.stage", self.stage, STAGES)
@@ -102,14 +103,27 @@ class DataSection:
     num_workers: int = 2  # loader processes per training process; 0: none
     group_size: int | None = None  # documents packed together, dropping each group's tail; 1000 is the reference
     streaming: bool = False  # read and tokenize while training, keep no cache; data.train only
+    bos: bool = True  # blocks of text begin with the begin-of-text token, as generated texts do; the reference has none
+    valid_size: float = 0.0  # with valid=null: rows of data.train that are held out, a number or (below 1) a share
     prompt_column: str = "instruction"  # of pairs
     answer_column: str = "output"
+    separator: str = "\n"  # between prompt and answer, one token; of models whose family has none of its own
     reference_layout: bool = False  # pairs as in the released code, which can lose a long prompt's answer
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train is empty; name a text (data=embedded needs no download).")
         require_at_least("data.num_workers", self.num_workers, 0)
+        require_at_least("data.valid_size", self.valid_size, 0)
+        if self.valid_size and self.valid is not None:
+            raise ConfigError(
+                f"data.valid_size={self.valid_size:g} holds out a part of data.train, but data.valid={self.valid}; set "
+                "data.valid=null or data.valid_size=0."
+            )
+        if self.valid_size > 1 and self.valid_size % 1:
+            raise ConfigError(f"data.valid_size={self.valid_size} must be a whole number of rows, or a share below 1.")
+        if self.valid_size and self.streaming:
+            raise ConfigError("data.valid_size needs a data set with an end; with data.streaming=true name data.valid.")
         if self.group_size is not None:
             require_at_least("data.group_size", self.group_size, 1)
             if self.streaming:
@@ -124,6 +138,7 @@ class TrainingConfig:
     batch_size: int = 256  # sequences per optimizer step, over all processes
     accum: int = 1  # forward passes per step and process
     n_iters: int = 10_000  # optimizer steps of the whole run
+    epochs: float | None = None  # passes over data.train instead of n_iters
     log_freq: int = 10  # steps between records in metrics.jsonl
     eval_freq: int = 1000  # steps between losses on the held-out text; 0: never
     save_freq: int = 1000  # steps between resumable checkpoints
@@ -135,6 +150,8 @@ class TrainingConfig:
             require_at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("eval_freq", "snapshot_freq"):
             require_at_least(f"training.{name}", getattr(self, name), 0)
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"training.epochs={self.epochs} must be positive; null: training.n_iters steps.")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"training.ema={self.ema} must lie in [0, 1); null switches the moving average off.")
 
@@ -215,6 +232,13 @@ class TrainConfig:
                 f"model.attn_implementation={attention} takes no annealed mask, but objective.anneal_steps="
                 f"{self.objective.anneal_steps}; use sdpa with model.opened_attention={attention}, or "
                 "objective.anneal_steps=1."
+            )
+        if self.data.streaming and self.training.epochs is not None:
+            raise ConfigError("training.epochs needs a data set with an end; with data.streaming=true use n_iters.")
+        if self.model.dtype == "bf16" and self.parallel.plan not in ("none", "ddp"):
+            raise ConfigError(
+                f"model.dtype=bf16 does not work with parallel.plan={self.parallel.plan}, which keeps one type of "
+                "parameters; use model.dtype=fp32 (sharded it needs little more, and sums are exact)."
             )
         if self.data.streaming and self.objective.is_finetuning:
             raise ConfigError("data.streaming=true reads running text; pairs of objective.stage=*-sft are read whole.")

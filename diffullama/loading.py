@@ -210,8 +210,11 @@ def load_denoiser(
 # ---------------------------------------------------------------- reading
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, *, weights: bool = True) -> Path:
     """The local folder called ``name``, or the hub repository of that name, downloaded.
+
+    Args:
+        weights: False: configuration and tokenizer are enough, so that little is downloaded.
 
     Raises: CheckpointError if there is neither; says how to use a local folder.
     """
@@ -224,17 +227,18 @@ def find_folder(name: str) -> Path:
         raise CheckpointError(
             f"model_path={name} does not exist; give a run folder, a model folder or a hub name (owner/name)."
         )
-    return _download(name)
+    return _download(name, weights)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     described = ["*.json", "*.model", "*.txt", "*.jinja"]
+    first = [*described, "*.safetensors"] if weights else described
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*described, "*.safetensors"], ignore_patterns="*/*"))
-        if not has_weights(folder) and not (folder / ADAPTER_CONFIG).is_file():
+        folder = Path(snapshot_download(name, allow_patterns=first, ignore_patterns="*/*"))
+        if weights and not has_weights(folder) and not (folder / ADAPTER_CONFIG).is_file():
             folder = Path(snapshot_download(name, allow_patterns=[*described, "*.bin"], ignore_patterns="*/*"))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:

@@ -30,12 +30,13 @@ def plan(settings: Settings, run_seeds: Sequence[int], output: Path, revision: s
     def run_dir(name: str) -> str:
         return str(output / "runs" / f"{name}-{revision[:8]}")
 
-    # With two processes: scratch+ on one, the parent and then its child on the other.
-    arms = sorted(settings.arms(), key=lambda arm: (arm.parent, -arm.steps))
+    # With two processes: the parent and then its child on one, scratch+ and scratch= on the other.
+    first, *others = settings.arms()
+    arms = [first, *sorted(others, key=lambda arm: -arm.steps - settings.ar_steps * arm.parent)]
     for seed in run_seeds:
         shared = {"settings": values, "seed": seed, "cache_dir": cache}
         parent = f"ar-seed{seed}"
-        for arm in [arm for arm in arms if not arm.parent] + [arm for arm in arms if arm.parent]:
+        for arm in arms:
             name = f"{arm.name}-seed{seed}"
             arguments = {**shared, "arm": arm.name, "run_dir": run_dir(name)}
             needs = ("data",)

@@ -131,7 +131,11 @@ class AdaptationTask(Task):
         x_BL = batch["tokens"]
         t_B = sample_time(draws["r"].to(x_BL.device), self.objective.time_eps)
         u_BL = draws["u"].to(x_BL.device)
-        z_BL, drawn_BL = add_noise(x_BL, t_B, u_BL, self.built.mask_id, batch.get("src_mask"))
+        given_BL = batch["src_mask"].bool() if "src_mask" in batch else torch.zeros_like(x_BL, dtype=torch.bool)
+        if self.objective.shift and self.objective.keep_first:
+            given_BL = given_BL.clone()
+            given_BL[:, 0] = True
+        z_BL, drawn_BL = add_noise(x_BL, t_B, u_BL, self.built.mask_id, given_BL)
         if self.objective.by_id:
             drawn_BL = z_BL == self.built.mask_id
         return z_BL, loss_positions(drawn_BL, self.objective.shift), t_B

@@ -9,26 +9,27 @@ The run folder holds config.json, metrics.jsonl, architecture/, tokenizer/, chec
 export/ (a Hugging Face folder) and, with LoRA, adapter/. Exit code 85 and a file REQUEUE in it: a signal stopped it.
 """
 
+import math
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from common import cli
 from common.config import TrainerConfig
-from common.data.corpora import build_text_stream
-from common.data.loader import build_train_loader, build_validation_loader
 from common.dry_run import estimate, print_estimate
 from common.trainer import FitResult, fit
+from diffullama.attention import attention_arguments
 from diffullama.building import Start, prepare
 from diffullama.config import TrainConfig
-from diffullama.data import build_dataset
+from diffullama.data import DataBuilder
 from diffullama.loading import load_model
 from diffullama.lora import save_adapter
 from diffullama.model import DiffusionLM
-from diffullama.saving import save_model, write_architecture
+from diffullama.saving import model_metadata, save_model, write_architecture, write_metadata
 from diffullama.snapshots import Snapshots
 from diffullama.task import AdaptationTask
 
@@ -61,16 +62,8 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def build_task(config: TrainConfig, start: Start, *, writes: bool = True) -> AdaptationTask:
-    """The task; the main process also writes what ``load_model`` needs beside the checkpoints."""
-
-    def build() -> DiffusionLM:
-        model = start.build()
-        if writes and cli.is_main_process():
-            write_architecture(config.run_dir, model, start.special, start.metadata)
-            start.tokenizer.save(Path(config.run_dir) / "tokenizer")
-        return model
-
+def build_task(config: TrainConfig, build: Callable[[], DiffusionLM]) -> AdaptationTask:
+    """What is trained."""
     return AdaptationTask(
         build,
         config.objective,
@@ -82,57 +75,50 @@ def build_task(config: TrainConfig, start: Start, *, writes: bool = True) -> Ada
 
 def run(config: TrainConfig, trainer: TrainerConfig, start: Start) -> FitResult:
     """Reads the data and trains to the end, or to a signal."""
-    data, length = config.data, config.model.length
-    share = {
-        "micro_size": trainer.batch.micro_size,
-        "seed": config.seed,
-        "rank": cli.rank(),
-        "world_size": cli.world_size(),
-        "num_workers": data.num_workers,
-    }
-    rows = {
-        "data": data,
-        "objective": config.objective,
-        "length": length,
-        "tokenizer": start.tokenizer,
-        "special": start.special,
-        "vocab_size": start.vocab_size,
-        "seed": config.seed,
-        "digits": start.digits,
-    }
-    # several processes may ask at once: one of them tokenizes, the others wait for the cache
-    if data.streaming:
-        train_loader = build_text_stream(
-            data.train, "train", length=length, tokenizer=start.tokenizer, cache_dir=data.cache_dir, **share
-        )
-    else:
-        taken = config.training.n_iters * config.training.batch_size
-        blocks = build_dataset(data.train, "train", num_samples=taken, **rows)
-        train_loader = build_train_loader(blocks, global_size=trainer.batch.global_size, **share)
-    validation_loader = None
-    if config.training.eval_freq and data.valid is not None:
-        held_out = build_dataset(data.valid, "validation", **rows)
-        validation_loader = build_validation_loader(
-            held_out, batch_size=config.eval.micro_batch_size, max_samples=config.eval.batch_size
-        )
+    data = DataBuilder(
+        config=config,
+        tokenizer=start.tokenizer,
+        special=start.special,
+        vocab_size=start.vocab_size,
+        digits=start.digits,
+    )
+    loaders = data.loaders(
+        global_size=trainer.batch.global_size,
+        micro_size=trainer.batch.micro_size,
+        rank=cli.rank(),
+        world_size=cli.world_size(),
+    )
+    if config.training.epochs is not None:
+        steps = math.ceil(config.training.epochs * loaders.rows / trainer.batch.global_size)
+        trainer = replace(trainer, total_steps=max(1, steps))
+
+    def build() -> DiffusionLM:
+        model = start.build()
+        if cli.is_main_process():  # what load_model needs beside the checkpoints
+            write_architecture(config.run_dir, model, start.special, start.metadata)
+            start.tokenizer.save(Path(config.run_dir) / "tokenizer")
+        return model
+
     return fit(
-        build_task(config, start),
+        build_task(config, build),
         trainer,
-        train_loader=train_loader,
-        validation_loader=validation_loader,
-        hooks=[Snapshots(start)],
+        train_loader=loaders.train,
+        validation_loader=loaders.validation,
+        hooks=[Snapshots(start, loaders.examples)],
         run_config=asdict(config),
     )
 
 
 def export(run_dir: Path, start: Start) -> Path:
-    """Writes the trained model as a Hugging Face folder, and with LoRA the adapter by itself; what is there is kept."""
-    folder, adapter = run_dir / "export", run_dir / "adapter"
-    loaded = load_model(run_dir, dtype=start.config.model.dtype, causal_parent=start.config.objective.is_causal)
-    metadata = {**start.metadata, "run_dir": str(run_dir)}
-    if start.config.peft.kind != "none":
-        save_adapter(adapter, loaded.model, base_model=start.config.model.path)
-    return save_model(folder, loaded.model, start.tokenizer, start.special, metadata=metadata, overwrite=True)
+    """Writes the trained model as a Hugging Face folder, and with LoRA the adapter by itself; replaces older ones."""
+    folder, adapter, config = run_dir / "export", run_dir / "adapter", start.config
+    loaded = load_model(run_dir, dtype=config.model.dtype, causal_parent=config.objective.is_causal)
+    model = DiffusionLM(loaded.model.lm, start.mask_id, loaded.model.shift)
+    metadata = {**start.metadata, "run_dir": str(run_dir), "seed": config.seed}
+    if config.peft.kind != "none" and start.has_stored_base:
+        save_adapter(adapter, model, base_model=config.model.path)
+        write_metadata(adapter, model_metadata(model, start.special, metadata))
+    return save_model(folder, model, start.tokenizer, start.special, metadata=metadata, overwrite=True)
 
 
 def print_cost(config: TrainConfig) -> None:
@@ -145,11 +131,14 @@ def print_cost(config: TrainConfig) -> None:
             micro_sizes[processes] = config.micro_size(processes)
             break
 
-    def forward(model: nn.Module, rows: int) -> torch.Tensor:
-        return model(torch.zeros(rows, config.model.length, dtype=torch.int64), causal=config.objective.is_causal)
+    def forward(model: DiffusionLM, rows: int) -> Tensor:
+        """Without the head, whose logits are made and dropped in chunks."""
+        arguments = attention_arguments("sdpa", torch.float32, None, None, config.objective.is_causal)
+        tokens_BL = torch.zeros(rows, config.model.length, dtype=torch.int64)
+        return model.hf.base_model(input_ids=tokens_BL, use_cache=False, **arguments).last_hidden_state
 
     if cli.is_main_process():
-        task = build_task(config, prepare(config), writes=False)
+        task = build_task(config, prepare(config).sketch)
         print_estimate(estimate(task, trainer, micro_sizes=micro_sizes, forward=forward))
 
 

@@ -6,8 +6,17 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common.report import Figure, Theme, draw_figure
-from common.report.curves import smoothed
 from diffullama.reproduction.settings import BOUND_LIMIT, Settings
+
+TRAILING = 20  # points of a training curve that are averaged; 1/t makes single steps jump
+
+
+def trailing_mean(values: Sequence[float]) -> np.ndarray:
+    """Mean of each value and up to ``TRAILING - 1`` before it: no jump at the end, where a centred mean has few."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    last = np.arange(1, len(sums))
+    first = np.maximum(last - TRAILING, 0)
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def curve_figure(settings: Settings, curves: Mapping[str, Mapping]) -> Figure:
@@ -22,8 +31,7 @@ def curve_figure(settings: Settings, curves: Mapping[str, Mapping]) -> Figure:
             before = settings.ar_steps if arm.parent else 0
             seen = (np.array(found["validation_steps"]) + before) * tokens / 1e6
             left.plot(seen, found["validation_bounds"], color=colour, marker="o", markersize=3, label=arm.label)
-            line = smoothed(found["losses"], max(1, len(found["losses"]) // 12))
-            right.plot(found["steps"], line, color=colour, label=arm.label)
+            right.plot(found["steps"], trailing_mean(found["losses"]), color=colour, label=arm.label)
         left.axhline(BOUND_LIMIT, color=theme.colour(5), linestyle="--", linewidth=1)
         left.annotate(f"limit {BOUND_LIMIT}", (0, BOUND_LIMIT), xytext=(2, 3), textcoords="offset points")
         left.set_xlabel("million tokens seen, the parent's included")
@@ -31,7 +39,7 @@ def curve_figure(settings: Settings, curves: Mapping[str, Mapping]) -> Figure:
         left.set_title("bound of held-out text (AR: exact)")
         left.legend()
         right.set_xlabel("optimizer step of the arm")
-        right.set_title("training loss, moving average")
+        right.set_title(f"training loss, mean of the last {TRAILING} points")
 
     caption = (
         "Left: bound of the same held-out blocks with the same masks; adapt starts where its AR parent stopped. Right: "
@@ -46,19 +54,22 @@ def infill_figure(settings: Settings, scores: Mapping[str, Mapping]) -> Figure:
 
     def plot(axes: Sequence[Axes], theme: Theme) -> None:
         left, right = axes
+        rows: dict[Axes, dict[int, str]] = {left: {}, right: {}}
         for index, arm in enumerate(arms):
+            rows[left][-index] = arm.label
             nll = scores[arm.name]["cloze"]["nll"]
             left.errorbar(
                 [nll["mean"]], [-index], xerr=[2 * nll["error"]], fmt="o", capsize=3, color=theme.colour(index)
             )
             if "spans" in scores[arm.name]:
+                rows[right][-index] = arm.label
                 gain = scores[arm.name]["spans"]["gain"]
                 right.errorbar(
                     [gain["mean"]], [-index], xerr=[2 * gain["error"]], fmt="o", capsize=3, color=theme.colour(index)
                 )
         right.axvline(0, color=theme.colour(5), linewidth=1)
         for ax in axes:
-            ax.set_yticks([-index for index in range(len(arms))], [arm.label for arm in arms])
+            ax.set_yticks(list(rows[ax]), list(rows[ax].values()))
             ax.set_ylim(-len(arms) + 0.5, 0.5)
         left.set_xlabel("cross-entropy of a hidden token (nats)")
         right.set_xlabel("gain from the true suffix (nats per token)")

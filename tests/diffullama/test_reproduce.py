@@ -16,6 +16,7 @@ from common.reproduction.run import reproduce
 from diffullama.reproduce import REPRODUCTION, main, plan
 from diffullama.reproduction import sweep as sweeping
 from diffullama.reproduction.checks import adaptation_checks, margin_check, paired, suffix_check
+from diffullama.reproduction.figures import TRAILING, trailing_mean
 from diffullama.reproduction.scoring import bound, cloze, cloze_positions, infill, measured, spans
 from diffullama.reproduction.settings import FULL, LEARNING_RATES, SMALL, SWEPT_RATES, Settings
 from diffullama.reproduction.sweep import sweep
@@ -293,3 +294,9 @@ def test_command_refuses_what_cannot_work(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce", "--output", str(tmp_path)])
     assert exit_code(main) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_trailing_mean_averages_what_came_before():
+    np.testing.assert_allclose(trailing_mean([4.0, 2.0, 0.0]), [4, 3, 2])
+    ramp = np.arange(100.0)
+    assert trailing_mean(ramp)[-1] == pytest.approx(ramp[-TRAILING:].mean())
