@@ -13,7 +13,7 @@ from common.errors import ConfigError
 
 PLANS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-SCHEDULES = ("constant", "cosine", "wsd")
+SCHEDULES = ("constant", "cosine", "wsd", "cosine_constant")
 OPTIMIZERS = ("AdamW", "Adam")
 
 
@@ -57,6 +57,48 @@ class BatchConfig:
         return self.global_size // per_pass
 
 
+def share_batch(batch_size: int, accum: int, world_size: int) -> int:
+    """Samples per process and forward pass, from the options ``training.batch_size`` and ``training.accum``.
+
+    Raises: ConfigError if the batch cannot be shared out evenly, with the nearest sizes that can.
+    """
+    passes = accum * world_size
+    if batch_size % passes == 0:
+        return batch_size // passes
+    below = batch_size // passes * passes
+    sizes = " and ".join(str(size) for size in (below, below + passes) if size)
+    reason = (
+        f"training.batch_size={batch_size} cannot be shared out evenly: training.accum={accum} x "
+        f"world_size={world_size} = {passes} forward passes per step. The nearest batch sizes that work: {sizes}"
+    )
+    if batch_size % world_size == 0:
+        per_rank = batch_size // world_size
+        divisors = [count for count in range(1, per_rank + 1) if per_rank % count == 0]
+        near = sorted(sorted(divisors, key=lambda count: abs(count - accum))[:2])
+        reason += f"; or training.accum={' or '.join(map(str, near))}"
+    raise ConfigError(reason + ".")
+
+
+def require_processes(ngpus: int | None, world_size: int, paper: str) -> None:
+    """Raises ConfigError unless as many processes were started as ``ngpus`` expects."""
+    if ngpus is not None and ngpus != world_size:
+        raise ConfigError(
+            f"ngpus={ngpus} does not fit the {world_size} process{'' if world_size == 1 else 'es'} started; launch "
+            f"{ngpus} (NPROC={ngpus} bash scripts/{paper}/train_torchrun.sh ...) or leave ngpus out."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """Which resumable checkpoints stay; another option says how often one is written."""
+
+    keep_last: int = 2  # the newest so many
+    keep_every: int = 0  # also every one whose step is a multiple of this; 0: none
+
+    def __post_init__(self) -> None:
+        CheckpointConfig(keep_last=self.keep_last, keep_every=self.keep_every)  # its checks
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     optimizer: Literal["AdamW", "Adam"] = "AdamW"
@@ -67,9 +109,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     warmup: int = 2500  # steps of linear warm-up: lr at step s (from 1) is lr * min(s / warmup, 1); 0 disables
     grad_clip: float = 1.0  # largest global gradient norm; negative disables clipping
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"  # shape of the rate after warm-up
-    min_ratio: float = 0.0  # floor of cosine and of the wsd decay, as a share of lr
-    decay_fraction: float = 0.2  # wsd: last share of the run in which the rate falls linearly
+    schedule: Literal["constant", "cosine", "wsd", "cosine_constant"] = "constant"  # shape of the rate after warm-up
+    min_ratio: float = 0.0  # floor of the rate where it falls, as a share of lr
+    decay_fraction: float = 0.2  # share of the run in which the rate falls: its end (wsd) or start (cosine_constant)
 
     def __post_init__(self) -> None:
         require_choice("optim.optimizer", self.optimizer, OPTIMIZERS)
@@ -131,6 +173,7 @@ class TrainerConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast dtype; parameters stay float32
     ema_decay: float | None = 0.9999  # None: no moving average
+    ema_warmup: bool = True  # the decay rises with the number of updates, so that short runs have an average too
     log_interval_steps: int = 50
     validate_interval_steps: int = 0  # 0: never
     nonfinite: Literal["stop", "skip"] = "stop"  # what to do when the loss or gradient norm is NaN or infinite

@@ -16,18 +16,19 @@ def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class EMA:
-    """Shadow weights that follow the parameters: at update n (from 1) with decay d = min(decay, (1 + n) / (10 + n)),
-    ``shadow -= (1 - d) * (shadow - parameter)``.
+    """Shadow weights that follow the parameters: ``shadow -= (1 - d) * (shadow - parameter)`` at update n (from 1), with
+    ``d = min(decay, (1 + n) / (10 + n))``, or ``d = decay`` without warm-up.
 
     Args:
         params_named: name -> parameter or shard; DTensors and flat shards are averaged in place, without communication.
         decay: long-run decay in [0, 1).
+        warmup: False: the decay from the first update on; the average of a short run is then close to its init.
 
     Source: the moving average of SEDD and RADD's released trainers (golden case ``ema``).
     """
 
-    def __init__(self, params_named: Mapping[str, Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, params_named: Mapping[str, Tensor], decay: float, *, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
         self.num_updates = 0
         # the objects themselves, not detached views: DeepSpeed repoints the storage of its shards
         self.tracked = dict(params_named)
@@ -39,7 +40,7 @@ class EMA:
         """Moves the shadow towards the present parameters by one step."""
         assert not self._is_swapped, "the parameters hold the average at the moment"
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         torch._foreach_lerp_(_local(self.shadow), _local(self.tracked), 1 - decay)
 
     @torch.no_grad()

@@ -16,9 +16,11 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 
     ``lr * min(step / warmup, 1)`` times the schedule's factor: 1 for ``constant``; a half cosine from 1 at step 0 to
     ``min_ratio`` at ``total_steps`` for ``cosine``; for ``wsd`` 1, then over the last ``decay_fraction`` of the run a
-    straight line to ``min_ratio``.
+    straight line to ``min_ratio``; for ``cosine_constant`` a half cosine from 1 after warm-up to ``min_ratio`` at
+    ``decay_fraction`` of the run, then flat.
 
-    Source: warm-up as in RADD's released trainer (golden case ``train_steps``); WSD: Hu et al., 2024 (MiniCPM).
+    Source: warm-up as in RADD's released trainer (golden case ``train_steps``); WSD: Hu et al., 2024 (MiniCPM);
+    ``cosine_constant``: PixArt-alpha's released trainer (golden case ``lr_cosine_decay_to_constant``).
     """
     warm = min(step / config.warmup, 1.0) if config.warmup > 0 else 1.0
     if config.schedule == "cosine":
@@ -28,6 +30,10 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
         decay_steps = config.decay_fraction * total_steps
         left = min((total_steps - step) / decay_steps, 1.0) if decay_steps > 0 else 1.0
         factor = config.min_ratio + (1 - config.min_ratio) * max(left, 0.0)
+    elif config.schedule == "cosine_constant":
+        end = int(config.decay_fraction * total_steps)
+        share = min(max(step - config.warmup, 0) / max(end - config.warmup, 1), 1.0)
+        factor = config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
     else:
         factor = 1.0
     return config.lr * warm * factor

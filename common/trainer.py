@@ -176,7 +176,10 @@ class Run(contextlib.ExitStack):
         model = task.build_model()
         flops = task.flops_per_sample(model)
         self.plan = build_plan(task, model, config, parallel, self.precision)
-        self.ema = EMA(self.plan.tracked(), config.ema_decay) if config.ema_decay is not None else None
+        tracked = self.plan.tracked()
+        self.ema = None
+        if config.ema_decay is not None:
+            self.ema = EMA(tracked, config.ema_decay, warmup=config.ema_warmup)
         torch.manual_seed(derive_seed(config.seed, "dropout", parallel.rank))
         self.scaler = LossScaler(self.precision == "fp16")
         self.means = WeightedMeans()

@@ -3,7 +3,9 @@
 Dimensions: B batch, L sequence.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -111,6 +113,13 @@ def set_attention(hf: nn.Module, implementation: str) -> None:
         )
 
 
+def require_attention(hf: nn.Module, implementation: str) -> None:
+    """Raises ConfigError if a transformers model cannot be switched to the backend; it stays with its own."""
+    current = hf.config._attn_implementation
+    set_attention(hf, implementation)
+    set_attention(hf, current)
+
+
 def open_sliding_window(hf: nn.Module) -> int | None:
     """Lets every layer see the whole sequence, in place; returns the window that was there.
 
@@ -164,9 +173,28 @@ def sees_the_future(model: nn.Module, vocab_size: int | None = None, *, length: 
     logits = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for probe_1L in (tokens_1L, changed_1L):
-            torch.manual_seed(0)
+            _dropout_generator(device).manual_seed(0)
             logits.append(model(probe_1L, causal=causal)[0, 0])
     return not torch.equal(*logits)
+
+
+def _dropout_generator(device: torch.device) -> torch.Generator:
+    """The device's global generator; ``torch.manual_seed`` would seed those of all other devices too, for good."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
+@contextlib.contextmanager
+def _probed_attention(hf: nn.Module | None) -> Iterator[None]:
+    """sdpa in place of flash kernels, which run on GPUs in half precision only; the arguments are the same."""
+    implementation = "" if hf is None else hf.config._attn_implementation
+    if "flash" not in implementation:
+        yield
+        return
+    set_attention(hf, "sdpa")
+    try:
+        yield
+    finally:
+        set_attention(hf, implementation)
 
 
 def require_bidirectional(model: nn.Module, vocab_size: int | None = None) -> None:
@@ -175,6 +203,11 @@ def require_bidirectional(model: nn.Module, vocab_size: int | None = None) -> No
     Raises: ConfigError if the model is still causal, sees the future in its causal (baseline) mode, or computes its
         logits by more than a linear head.
     """
+    with _probed_attention(getattr(model, "hf", None)):
+        _require_bidirectional(model, vocab_size)
+
+
+def _require_bidirectional(model: nn.Module, vocab_size: int | None) -> None:
     name = type(getattr(model, "hf", model)).__name__
     try:
         is_open = sees_the_future(model, vocab_size)

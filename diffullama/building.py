@@ -15,7 +15,7 @@ from common.data.corpora import load_data_tokenizer
 from common.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from common.errors import CheckpointError, ConfigError
 from common.seeding import generator
-from diffullama.attention import require_bidirectional
+from diffullama.attention import require_attention, require_bidirectional
 from diffullama.config import TrainConfig
 from diffullama.loading import find_folder, load_model, read_hf_config, resolve_dtype, tokenizer_folder
 from diffullama.lora import ADAPTER_CONFIG, apply_lora, merge, read_adapter_config
@@ -69,11 +69,14 @@ class Start:
     def build(self) -> DiffusionLM:
         """A new model: the stored weights, or random ones from torch's global generator; with fresh adapters.
 
-        The information-flow probe runs here, once: a model that is still causal is refused.
+        The information-flow probe runs here, once: a model that is still causal is refused, and an attention backend
+        for later that is missing, which would end the run only once attention has opened.
         """
         model = self._finish(self._random() if self.config.model.from_scratch else self._pretrained())
         if not self._is_probed:
             require_bidirectional(model)
+            if (opened := self.config.model.opened_attention) is not None:
+                require_attention(model.hf, opened)
             self._is_probed = True
         return model
 
@@ -135,7 +138,9 @@ def prepare(config: TrainConfig) -> Start:
     """
     section = config.model
     needs_weights = not (section.from_scratch or config.dry_run)
-    folder = None if section.path is None else find_folder(str(section.path), weights=needs_weights)
+    folder = None
+    if section.path is not None:
+        folder = find_folder(str(section.path), weights=needs_weights, option="model.path")
     hf_config = _architecture(section.architecture) if section.architecture else describe(folder, str(section.path))
     hf_config = copy.deepcopy(hf_config)
     tokenizer = _tokenizer(config, folder)

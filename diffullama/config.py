@@ -10,12 +10,15 @@ from common.config import (
     PRECISIONS,
     BatchConfig,
     CheckpointConfig,
+    KeepConfig,
     OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
+    require_processes,
+    share_batch,
 )
 from common.errors import ConfigError
 from diffullama.lora import PeftConfig
@@ -24,6 +27,7 @@ from diffullama.losses import LOSS_NORMS
 STAGES = ("ddm", "ddm-sft", "pt", "sft")
 CAUSAL_STAGES = ("pt", "sft")
 TIME_SAMPLERS = ("stratified", "independent")
+TEXT_ONLY = ("packed:", "mixed:")  # data that can be no pairs
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
@@ -184,17 +188,6 @@ class SnapshotSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepConfig:
-    """Which resumable checkpoints stay; ``training.save_freq`` says how often one is written."""
-
-    keep_last: int = 2
-    keep_every: int = 0  # also every one whose step is a multiple of this; 0: none
-
-    def __post_init__(self) -> None:
-        CheckpointConfig(keep_last=self.keep_last, keep_every=self.keep_every)  # its checks
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that ``diffullama.train`` reads."""
 
@@ -233,6 +226,23 @@ class TrainConfig:
                 f"{self.objective.anneal_steps}; use sdpa with model.opened_attention={attention}, or "
                 "objective.anneal_steps=1."
             )
+        backends = (self.model.attn_implementation, self.model.opened_attention)
+        if self.precision == "fp32" and any(name and "flash" in name for name in backends):
+            raise ConfigError(
+                "precision=fp32 does not work with flash attention, whose kernels take half precision only; use "
+                "precision=bf16, or sdpa."
+            )
+        if self.peft.kind != "none" and self.peft.train_mask_row and self.objective.is_causal:
+            raise ConfigError(
+                f"peft.train_mask_row=true, but objective.stage={self.objective.stage} has no mask; set it to false."
+            )
+        for option in ("train", "valid"):
+            name = getattr(self.data, option) or ""
+            if self.objective.is_finetuning and name.startswith(TEXT_ONLY):
+                raise ConfigError(
+                    f"data.{option}={name} holds running text, but objective.stage={self.objective.stage} needs pairs; "
+                    "give a file of them (data=pairs), or objective=ddm or pt."
+                )
         if self.data.streaming and self.training.epochs is not None:
             raise ConfigError("training.epochs needs a data set with an end; with data.streaming=true use n_iters.")
         if self.model.dtype == "bf16" and self.parallel.plan not in ("none", "ddp"):
@@ -248,27 +258,14 @@ class TrainConfig:
 
         Raises: ConfigError if ``training.batch_size`` cannot be shared out evenly, with the nearest sizes that can.
         """
-        batch_size, passes = self.training.batch_size, self.training.accum * world_size
-        if batch_size % passes == 0:
-            return batch_size // passes
-        below = batch_size // passes * passes
-        sizes = " and ".join(str(size) for size in (below, below + passes) if size)
-        raise ConfigError(
-            f"training.batch_size={batch_size} cannot be shared out evenly: training.accum={self.training.accum} x "
-            f"world_size={world_size} = {passes} forward passes per step. The nearest batch sizes that work: {sizes}."
-        )
+        return share_batch(self.training.batch_size, self.training.accum, world_size)
 
     def trainer_config(self, world_size: int) -> TrainerConfig:
         """What the engine needs of this.
 
         Raises: ConfigError if the batch or ``ngpus`` does not fit the number of processes.
         """
-        if self.ngpus is not None and self.ngpus != world_size:
-            raise ConfigError(
-                f"ngpus={self.ngpus} does not fit the {world_size} process{'' if world_size == 1 else 'es'} started; "
-                f"launch {self.ngpus} (NPROC={self.ngpus} bash scripts/diffullama/train_torchrun.sh ...) or leave "
-                "ngpus out."
-            )
+        require_processes(self.ngpus, world_size, "diffullama")
         training = self.training
         return TrainerConfig(
             run_dir=self.run_dir,

@@ -27,7 +27,7 @@ from common.precision import autocast_forward, resolve_precision
 from common.provenance import collect
 from common.report.tables import Table, print_tables
 from diffullama.attention import require_bidirectional
-from diffullama.loading import load_model
+from diffullama.loading import load_model, warn_unless_adapted
 from diffullama.sandbox import Limits
 from diffullama.scoring import ScoringRule
 from diffullama.tasks.choice import CHOICE_TASKS, ChoiceEvaluation
@@ -120,6 +120,10 @@ class EvaluateConfig:
         require_choice("mode", self.mode, MODES)
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("bos", self.bos, BOS)
+        if self.precision == "fp32" and "flash" in (self.attn_implementation or ""):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation} takes half precision only; add precision=bf16."
+            )
         for name in ("batch_size", "group_size", "limit", "max_length"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
@@ -181,6 +185,8 @@ def load_context(config: EvaluateConfig, parallel: Parallel) -> tuple[Context, d
         tokenizer=config.tokenizer,
         ema=config.ema,
     )
+    if config.mode == "diffusion" and parallel.is_main:
+        warn_unless_adapted(loaded)
     model = loaded.model.eval()
     require_bidirectional(model, model.vocab_size)
     precision = resolve_precision(config.precision, parallel.device)

@@ -6,11 +6,12 @@
     python -m diffullama.export model_path=diffusionfamily/diffugpt-s output=imported dtype=auto
 
 Adapters are merged into the weights, except for ``to=adapter``. A plain causal model becomes a diffusion model that is
-not adapted yet, with ``mask_token_id=...`` or ``add_mask_token=true``.
+not adapted yet, with ``mask_token_id=...`` or ``add_mask_token=true``; what ``objective=pt`` or ``sft`` trained stays
+autoregressive without them.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,12 +81,17 @@ def export(config: ExportConfig) -> int:
         tokenizer=config.tokenizer,
         mask_token_id=config.mask_token_id,
         shift=config.shift,
-        causal_parent=config.add_mask_token,
+        causal_parent=True,
         ema=config.ema,
         strict=config.strict,
     )
     if config.add_mask_token:
         loaded = with_added_mask(loaded, config.seed)
+    elif loaded.config.get("is_causal") is True and config.mask_token_id is None:
+        model = DiffusionLM(loaded.model.lm, None, loaded.model.shift).eval()  # trained autoregressively: stays so
+        loaded = replace(loaded, model=model)
+    elif loaded.special.mask_id is None:
+        resolve_special_tokens(loaded.tokenizer, loaded.model.config)  # says how to give it a mask
     metadata = {"base_model": config.model_path, **loaded.config}
     if config.to == "adapter":
         if not has_adapter(loaded.model):
@@ -121,7 +127,7 @@ def with_added_mask(loaded: LoadedModel, seed: int) -> LoadedModel:
     """
     if loaded.special.mask_id is not None:
         raise ConfigError(
-            f"add_mask_token=true, but {loaded.source} has the mask {loaded.special.mask_id} already; leave it out."
+            f"add_mask_token=true, but {loaded.source} has a mask already; give mask_token_id={loaded.special.mask_id}."
         )
     if has_adapter(loaded.model):
         raise ConfigError("add_mask_token=true does not work with adapters; add the token to the base model.")

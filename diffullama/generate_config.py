@@ -95,6 +95,13 @@ class GenerateConfig:
         require_choice("draw", self.draw, DRAWS)
         for name in ("num_samples", "batch_size", "animation_rows"):
             require_at_least(name, getattr(self, name), 1)
+        if self.diffusion_steps is not None:
+            require_at_least("diffusion_steps", self.diffusion_steps, 1)
+        require_at_least("logits_temp", self.logits_temp, 0)
+        if self.model_precision == "fp32" and "flash" in (self.attn_implementation or ""):
+            raise ConfigError(
+                f"attn_implementation={self.attn_implementation} takes half precision only; set model_precision=bf16."
+            )
         if self.length is not None:
             require_at_least("length", self.length, 1)
         if self.max_new_tokens is not None:

@@ -22,11 +22,12 @@ from common.generation.sample_file import SampleFile
 from common.parallel import Parallel
 from common.precision import autocast, autocast_forward, resolve_precision
 from diffullama.generate_config import GenerateConfig
-from diffullama.loading import LoadedModel, load_model
+from diffullama.loading import LoadedModel, load_model, warn_unless_adapted
 from diffullama.predictions import PredictionRecord, RecordWriter
 from diffullama.reference_samplers import sample
 from diffullama.requests import Prompt, Request, build_request
 from diffullama.sampler import SamplerOptions, build_sampler, require_canvas, require_prefixes
+from diffullama.special_tokens import find_family
 from diffullama.trace import write_animation
 
 
@@ -85,7 +86,9 @@ def generate(config: GenerateConfig, parallel: Parallel | None = None) -> Genera
 def load(config: GenerateConfig, device: torch.device) -> LoadedModel:
     """The model, in eval mode."""
     names = ("mask_token_id", "shift", "attn_implementation", "base", "tokenizer", "ema")
-    return load_model(config.model_path, device, **{name: getattr(config, name) for name in names})
+    loaded = load_model(config.model_path, device, **{name: getattr(config, name) for name in names})
+    warn_unless_adapted(loaded)
+    return loaded
 
 
 def build_requests(config: GenerateConfig, loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Request]:
@@ -96,7 +99,9 @@ def build_requests(config: GenerateConfig, loaded: LoadedModel, prompts: Sequenc
     bos = config.bos
     if bos is None:
         bos = (loaded.model.shift and config.engine == "event") or config.template == "sft"
+    family = find_family(loaded.model.config, loaded.tokenizer)
     shape = {"length": length, "max_new_tokens": config.max_new_tokens, "bos": bos, "template": config.template}
+    shape["digits"] = family is not None and family.isolates_digits
     given = (loaded.special, loaded.tokenizer)
     return [build_request(prompt, *given, vocab_size=loaded.model.vocab_size, **shape) for prompt in prompts]
 

@@ -158,6 +158,17 @@ def load_model(
     return LoadedModel(model.eval().to(device), found_tokenizer, special, metadata, name)
 
 
+def warn_unless_adapted(loaded: LoadedModel) -> None:
+    """Warns if a model is to be run by diffusion whose folder says that it was trained autoregressively."""
+    if loaded.config.get("is_causal") is True:
+        logger.warning(
+            "%s was trained autoregressively and never adapted, so that diffusion gives noise; adapt it first "
+            "(diffullama.train model.path=%s), or evaluate it with mode=causal.",
+            loaded.source,
+            loaded.source,
+        )
+
+
 def load_denoiser(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -195,6 +206,7 @@ def load_denoiser(
         dtype=dtype,
         attn_implementation=attn_implementation,
     )
+    warn_unless_adapted(loaded)
     autocast_forward(loaded.model, resolve_precision(precision, device), device)
     return MaskedLanguageModel(
         denoise=loaded.model.denoise,
@@ -210,11 +222,12 @@ def load_denoiser(
 # ---------------------------------------------------------------- reading
 
 
-def find_folder(name: str, *, weights: bool = True) -> Path:
+def find_folder(name: str, *, weights: bool = True, option: str = "model_path") -> Path:
     """The local folder called ``name``, or the hub repository of that name, downloaded.
 
     Args:
         weights: False: configuration and tokenizer are enough, so that little is downloaded.
+        option: that gave the name, for messages.
 
     Raises: CheckpointError if there is neither; says how to use a local folder.
     """
@@ -222,15 +235,15 @@ def find_folder(name: str, *, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise CheckpointError(f"model_path={name} is a file; give the folder that holds it and its {CONFIG_FILE}.")
+        raise CheckpointError(f"{option}={name} is a file; give the folder that holds it and its {CONFIG_FILE}.")
     if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"model_path={name} does not exist; give a run folder, a model folder or a hub name (owner/name)."
+            f"{option}={name} does not exist; give a run folder, a model folder or a hub name (owner/name)."
         )
-    return _download(name, weights)
+    return _download(name, weights, option)
 
 
-def _download(name: str, weights: bool) -> Path:
+def _download(name: str, weights: bool, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -244,7 +257,7 @@ def _download(name: str, weights: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [""]
         raise CheckpointError(
-            f"model_path={name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
+            f"{option}={name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
             f"{lines[0][:160]}). Without hub access, copy the repository's {CONFIG_FILE}, weights and tokenizer into a "
             "folder and give that folder's path."
         ) from None
@@ -296,7 +309,7 @@ def _read_adapter(folder: Path, base: str | Path | None) -> _Parts:
     if not named:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; give it with base=....")
     try:
-        below = find_folder(str(named))
+        below = find_folder(str(named), option="base")
         if (below / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"base={named} is an adapter itself; give the model below it, or merge it first.")
         parts = _read(below, str(named), ema=True, base=None)

@@ -100,6 +100,8 @@ def sample(
     Source: specification 5.1 to 5.3; golden cases ``decode_*``. Raises: ConfigError for options out of range.
     """
     steps = _check(x, src_mask, steps, order, draw, temp, top_p, shift, model)
+    device = getattr(model, "device", x.device)
+    x, src_mask = x.to(device), src_mask.to(device)
     predictor = _Predictor(model, shift, float(temp), top_p, top_k, tuple(forbid), draw == "greedy" or temp == 0)
     noise = _Noise(gumbel, u, seed, range(len(x)) if rows is None else rows, x.shape[1])
     run = _random_order if order == "random" else _confidence_order

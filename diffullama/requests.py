@@ -16,7 +16,7 @@ from common.data.tokenizer import Tokenizer
 from common.diffusion.canvas import build_canvas
 from common.errors import ConfigError, DataError
 from common.generation.given import read_fixed, to_ids
-from diffullama.special_tokens import SpecialTokens
+from diffullama.special_tokens import SpecialTokens, isolate_digits
 
 PROMPT_FIELDS = ("prompt", "prefix", "instruction")
 LABEL_FIELDS = ("label", "response", "output", "answer")
@@ -105,6 +105,7 @@ def build_request(
     max_new_tokens: int | None = None,
     bos: bool = True,
     template: str = "plain",
+    digits: bool = False,
 ) -> Request:
     """The canvas of one text.
 
@@ -113,11 +114,15 @@ def build_request(
         max_new_tokens: free positions between prefix and suffix.
         bos: whether position 0 holds the begin-of-text token; fixed positions count from behind it.
         template: ``plain``: bos + prefix; ``sft``: bos + prefix + separator, the layout of fine-tuning.
+        digits: with ``sft``, every digit of a prefix given as text is a token of its own, as in fine-tuning.
 
     Raises: ConfigError for what does not fit the length or the vocabulary, or text without a tokenizer.
     """
     begin = [begin_id(special)] if bos else []
-    prefix = [*begin, *to_ids("prompt", prompt.prefix, tokenizer)]
+    given = prompt.prefix
+    if template == "sft" and digits and tokenizer is not None and isinstance(given, str):
+        given = isolate_digits(tokenizer, given)
+    prefix = [*begin, *to_ids("prompt", given, tokenizer)]
     if template == "sft":
         if special.sep_id is None:
             raise ConfigError("template=sft, but the model has no separator id (sep_id); use template=plain.")

@@ -30,6 +30,7 @@ from diffullama.special_tokens import SpecialTokens
 METADATA_FILE = "quintet.json"
 ARCHITECTURE_FOLDER = "architecture"  # of a run: configuration of the library's model and our metadata, no weights
 LAYOUTS = ("hf", "reference")
+DIFFUSION_OPTIONS = ("is_causal", "mask_token_id", "diffusion_shift", "special_tokens")  # of config.json
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -98,6 +99,9 @@ def _described_config(model: DiffusionLM, metadata: Mapping[str, Any]) -> Any:
         config.mask_token_id, config.diffusion_shift = model.mask_id, model.shift
         config.is_causal = False  # transformers 5 then attends fully by itself; older versions ignore it
         config.special_tokens = dict(metadata["special_tokens"])
+    else:  # trained on autoregressively from an adapted model, it must not be run with full attention
+        for name in DIFFUSION_OPTIONS:
+            vars(config).pop(name, None)
     return config
 
 

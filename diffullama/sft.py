@@ -6,7 +6,10 @@ Source: specification 4.2.
 
 from collections.abc import Sequence
 
+from common.data.packing import pack
 from common.errors import ConfigError
+
+__all__ = ["pack", "sft_example"]  # the two layouts of training rows: packed documents, and pairs
 
 SPECIAL_TOKENS = 3  # bos, sep, eos
 PROMPT_SHARE = 4  # a quarter of the room stays with a prompt that needs it, unless parity is asked for

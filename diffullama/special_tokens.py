@@ -165,6 +165,9 @@ def _mask_id(
         return int(model_config.mask_token_id)
     if own is not None:
         return int(own)
+    stored = (getattr(model_config, "special_tokens", None) or {}).get("mask_id")
+    if stored is not None and not add:  # an autoregressive parent whose tokenizer cannot hold a mask token
+        return int(stored)
     if add:
         return tokenizer.vocab_size if tokenizer is not None else int(model_config.vocab_size)
     needs_new = family is not None and family.mask_id is not None and family.mask_id >= model_config.vocab_size

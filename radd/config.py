@@ -10,12 +10,15 @@ from common.config import (
     PRECISIONS,
     BatchConfig,
     CheckpointConfig,
+    KeepConfig,
     OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
+    require_processes,
+    share_batch,
 )
 from common.diffusion.categorical import TokenDraw
 from common.diffusion.schedules import build_schedule
@@ -140,17 +143,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepConfig:
-    """Which resumable checkpoints stay; ``training.snapshot_freq_for_preemption`` says how often one is written."""
-
-    keep_last: int = 2  # the newest so many
-    keep_every: int = 0  # also every one whose step is a multiple of this; 0: none
-
-    def __post_init__(self) -> None:
-        CheckpointConfig(keep_last=self.keep_last, keep_every=self.keep_every)  # its checks
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that ``radd.train`` reads."""
 
@@ -207,33 +199,14 @@ class TrainConfig:
 
         Raises: ConfigError if ``training.batch_size`` cannot be shared out evenly, with the nearest sizes that can.
         """
-        batch_size, accum = self.training.batch_size, self.training.accum
-        passes = accum * world_size
-        if batch_size % passes == 0:
-            return batch_size // passes
-        below = batch_size // passes * passes
-        sizes = " and ".join(str(size) for size in (below, below + passes) if size)
-        reason = (
-            f"training.batch_size={batch_size} cannot be shared out evenly: training.accum={accum} x "
-            f"world_size={world_size} = {passes} forward passes per step. The nearest batch sizes that work: {sizes}"
-        )
-        if batch_size % world_size == 0:
-            per_rank = batch_size // world_size
-            divisors = [count for count in range(1, per_rank + 1) if per_rank % count == 0]
-            near = sorted(sorted(divisors, key=lambda count: abs(count - accum))[:2])
-            reason += f"; or training.accum={' or '.join(map(str, near))}"
-        raise ConfigError(reason + ".")
+        return share_batch(self.training.batch_size, self.training.accum, world_size)
 
     def trainer_config(self, world_size: int) -> TrainerConfig:
         """What the engine needs of this.
 
         Raises: ConfigError if the batch or ``ngpus`` does not fit the number of processes.
         """
-        if self.ngpus is not None and self.ngpus != world_size:
-            raise ConfigError(
-                f"ngpus={self.ngpus} does not fit the {world_size} process{'' if world_size == 1 else 'es'} started; "
-                f"launch {self.ngpus} (NPROC={self.ngpus} bash scripts/radd/train_torchrun.sh ...) or leave ngpus out."
-            )
+        require_processes(self.ngpus, world_size, "radd")
         training, parallel = self.training, self.parallel
         if self.model.use_checkpoint:
             parallel = replace(parallel, activation_checkpointing=False)  # the model recomputes its blocks itself

@@ -35,46 +35,65 @@ class Case:
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in self.arrays.items() if name.startswith("in_")}
+        return {name: array for name, array in self.arrays.items() if name.startswith("in")}
 
     @property
     def outputs(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in self.arrays.items() if name.startswith("out_")}
+        return {name: array for name, array in self.arrays.items() if name.startswith("out")}
 
     def check(self, name: str, got: object) -> None:
         """Asserts that ``got`` equals the frozen array ``name`` under the case's rule.
 
-        Integer arrays must be equal; floats may differ by ``tolerance``, or by ``tolerance * max(1, max|expected|)``
-        where the case says ``relative``.
+        Integer arrays must be equal (or differ by at most 1, where the case allows it); floats may differ by
+        ``tolerance``, by ``rtol |expected| + atol`` if it holds these, or by ``tolerance * max(1, max|expected|)`` where
+        the case says ``relative``.
         """
         expected = self.arrays[name]
         value = got.detach().cpu().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
         assert value.shape == expected.shape, f"{self.name}.{name}: shape {value.shape}, expected {expected.shape}"
         if not np.issubdtype(expected.dtype, np.floating):
-            different = np.flatnonzero(value.reshape(-1) != expected.reshape(-1))
-            assert not different.size, f"{self.name}.{name}: {different.size} of {expected.size} integers differ"
+            self._check_integers(name, value, expected)
             return
+        value, expected = value.astype(np.float64), expected.astype(np.float64)
+        rtol, atol = self._tolerances(name, expected)
+        error = np.abs(value - expected)
+        excess = (error - rtol * np.abs(expected)).max(initial=0.0)
+        assert excess <= atol, f"{self.name}.{name}: largest error {error.max():.3e} exceeds rtol {rtol:g}, atol {atol:g}"
+
+    def _check_integers(self, name: str, value: np.ndarray, expected: np.ndarray) -> None:
+        slack = 1 if "+-1" in str(self.raw.get("tolerance")) else 0
+        different = np.flatnonzero(np.abs(value.astype(np.int64) - expected.astype(np.int64)).reshape(-1) > slack)
+        assert not different.size, f"{self.name}.{name}: {different.size} of {expected.size} integers differ"
+
+    def _tolerances(self, name: str, expected: np.ndarray) -> tuple[float, float]:
+        """(relative, absolute): from a number, ``{"rtol", "atol"}``, or one of these for each kind of output."""
         tolerance = self.raw["tolerance"]
-        if isinstance(tolerance, Mapping):  # one for each kind of output: the kind that the name holds, else the least
+        if isinstance(tolerance, Mapping) and not {"rtol", "atol"} & tolerance.keys():
+            # the kind that the name holds, else the least
             kinds = [value for kind, value in tolerance.items() if kind in name]
-            tolerance = kinds[0] if kinds else min(tolerance.values())
+            tolerance = kinds[0] if kinds else min(v for v in tolerance.values() if isinstance(v, int | float))
+        if isinstance(tolerance, Mapping):
+            return tolerance.get("rtol", 0.0), tolerance.get("atol", 0.0)
+        if isinstance(tolerance, str):
+            assert tolerance.startswith("exact"), f"{self.name}.{name}: tolerance {tolerance!r} is none that is known"
+            return 0.0, 0.0
         if self.raw.get("relative"):
             tolerance *= max(1.0, float(np.abs(expected).max(initial=0.0)))
-        error = np.abs(value.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
-        assert error <= tolerance, f"{self.name}.{name}: largest error {error:.3e} exceeds {tolerance:.3e}"
+        return 0.0, tolerance
 
 
 def load_cases(paper: str, folder: str | Path = DEFAULT_GOLDEN_DIR) -> dict[str, Case]:
     """All golden cases of ``paper`` by name; ``folder`` holds one sub-folder per paper (pytest's ``--golden DIR``)."""
     root = Path(folder) / paper
-    entries = json.loads((root / "cases.json").read_text())["cases"]
+    listed = json.loads((root / "cases.json").read_text())["cases"]
+    entries = listed.items() if isinstance(listed, Mapping) else [(entry["name"], entry) for entry in listed]
     cases = {}
-    for entry in entries:
+    for name, entry in entries:
         arrays: dict[str, np.ndarray] = {}
-        if entry.get("file"):
-            with np.load(root / entry["file"]) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        cases[entry["name"]] = Case(entry["name"], entry, entry.get("config", {}), arrays)
+        if file := entry.get("file") or entry.get("npz"):
+            with np.load(root / file) as archive:
+                arrays = {key: archive[key] for key in archive.files}
+        cases[name] = Case(name, entry, entry.get("config") or {}, arrays)
     return cases
 
 

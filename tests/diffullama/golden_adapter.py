@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from common.data.packing import pack
 from common.testing.golden import fill_values
 from diffullama.attention import anneal_ratio, annealed_allowed, to_additive
 from diffullama.filters import lowest_k, top_p_filter
@@ -19,7 +18,7 @@ from diffullama.noise import add_noise, add_noise_discrete, sample_time
 from diffullama.packed import PackedReader, PackedWriter, open_packed
 from diffullama.reference_samplers import sample
 from diffullama.scoring import choice_scores, level_masks
-from diffullama.sft import sft_example
+from diffullama.sft import pack, sft_example
 from diffullama.special_tokens import noisy_mean_rows
 
 CONFIGS = {"gpt2": (GPT2Config, GPT2LMHeadModel), "llama": (LlamaConfig, LlamaForCausalLM)}

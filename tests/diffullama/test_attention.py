@@ -198,6 +198,25 @@ def test_dropout_does_not_fool_the_probe():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_probe_seeds_no_other_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("generators of all GPUs were seeded"))
+    assert sees_the_future(tiny("llama"))
+
+
+def test_models_with_flash_kernels_are_probed_without_them_and_keep_them(monkeypatch):
+    model = tiny("llama")
+    switched = []
+
+    def switch(implementation):
+        switched.append(implementation)
+        model.config._attn_implementation = implementation
+
+    monkeypatch.setattr(model.hf, "set_attn_implementation", switch)
+    model.config._attn_implementation = "flash_attention_2"
+    require_bidirectional(model)
+    assert switched == ["sdpa", "flash_attention_2"]
+
+
 @pytest.mark.filterwarnings("ignore:.*compile")
 def test_flex_attention_is_bidirectional_too():
     model = tiny("llama", implementation="flex_attention")

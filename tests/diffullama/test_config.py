@@ -1,5 +1,7 @@
 """Training options: every preset composes, the yaml lists every option, and what cannot work is refused."""
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from diffullama.config import DataSection, ModelSection, ObjectiveConfig, TrainC
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "diffullama"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 TINY = ["model=gpt2_tiny", "data=embedded"]
+GROUPS = ("model.", "data.", "objective.", "peft.", "training.", "optim.", "eval.", "checkpoint.")
 
 
 def composed(*overrides: str) -> dict:
@@ -116,6 +119,9 @@ def test_the_numbers_of_the_reference_are_kept():
         (lambda: build(*TINY, "model.dtype=bf16", "parallel=fsdp2"), "model.dtype=bf16 does not work with parallel"),
         (lambda: build(*TINY, "training.epochs=1", "data.streaming=true"), "training.epochs needs a data set"),
         (lambda: build(*TINY, "objective=sft", "data.streaming=true"), "pairs of objective.stage"),
+        (lambda: build(*TINY, "objective=sft", "data.train='packed:a'"), "data.train=packed:a holds running text"),
+        (lambda: build(*TINY, "objective=sft", "peft=lora", "peft.train_mask_row=true"), "stage=sft has no mask"),
+        (lambda: build(*TINY, "precision=fp32", "model.opened_attention=flash_attention_2"), "precision=fp32 does not"),
         (lambda: build(*TINY, "sampling.top_p=0"), r"sampling.top_p=0.0 must lie in \(0, 1\]"),
         (lambda: build(*TINY, "run_dir=''"), "run_dir is empty"),
         (lambda: build(*TINY, "ngpus=4").trainer_config(2), "ngpus=4 does not fit the 2 processes started"),
@@ -125,6 +131,41 @@ def test_the_numbers_of_the_reference_are_kept():
 def test_bad_options_name_option_value_and_remedy(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def table_of_the_reference() -> list[tuple[str, list[str]]]:
+    """(config, options) of every command and option that the README's last table names on our side."""
+    text = (CONFIGS.parents[1] / "diffullama" / "README.md").read_text().split("## Coming from the reference's code")[1]
+    found = []
+    for line in text.split("\n## ")[0].splitlines():
+        if not line.startswith("| ") or line.startswith(("| reference", "| ---")):
+            continue
+        for span in re.findall(r"`([^`]+)`", line.split(" | ")[-1]):
+            words = shlex.split(span)
+            options = [word.replace("[...]", "[]") for word in words if "=" in word and not word.endswith("=...")]
+            module = next((word.partition(".")[2] for word in words if word.startswith("diffullama.")), "train")
+            module = words[0] if words[0] == "prepare" else module
+            if not words[0].startswith("--") and (options or "." in words[0].strip(".")):
+                found.append((module, options or words))
+    return found
+
+
+def test_what_the_reference_s_commands_became_composes():
+    known = {}
+    for name in ("train", "generate", "evaluate", "prepare"):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            known[name] = leaves(OmegaConf.to_container(compose(name), resolve=False))
+    table = table_of_the_reference()
+    assert len(table) > 30
+    for module, options in table:
+        if "=" not in options[0]:
+            assert options[0] in known["train"] or not options[0].startswith(GROUPS), options
+            continue
+        names = {option.partition("=")[0] for option in options}
+        if module == "train" and names <= known["generate"] | known["evaluate"] and not names <= known["train"]:
+            module = "generate" if names <= known["generate"] else "evaluate"
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            compose(module, overrides=options)
 
 
 def test_flash_attention_is_fine_once_nothing_is_annealed():

@@ -166,6 +166,7 @@ def test_options_are_checked():
         ({"tasks": []}, "tasks is empty"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"work_dir": ""}, "work_dir is empty"),
+        ({"attn_implementation": "flash_attention_2"}, "takes half precision only; add precision=bf16"),
     ]:
         with pytest.raises(ConfigError, match=message):
             EvaluateConfig(model_path="x", **options)

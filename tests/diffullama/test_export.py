@@ -13,7 +13,9 @@ from diffullama.export import main
 from diffullama.loading import load_model
 from diffullama.lora import PeftConfig, apply_lora, save_adapter
 from diffullama.model import DiffusionLM
-from tests.diffullama.hub_folders import assert_same_state, tiny_hf, write_hub_folder, write_shards
+from diffullama.saving import save_model
+from diffullama.special_tokens import SpecialTokens
+from tests.diffullama.hub_folders import assert_same_state, tiny_hf, tiny_tokenizer, write_hub_folder, write_shards
 
 MASK = 5
 X = torch.tensor([[0, 7, 5, 9, 5, 5, 11, 30]])
@@ -63,7 +65,20 @@ def test_a_plain_model_gets_a_mask_token_as_the_start_of_an_adaptation(export, t
     start = load_model(tmp_path / "start")
     assert start.tokenizer.decode([start.special.mask_id]) == "<|mask|>"
     code, error = export("model_path=start", "output=again", "add_mask_token=true")
-    assert code == 2 and "already" in error
+    assert code == 2 and f"give mask_token_id={start.special.mask_id}" in error
+
+
+def test_what_was_trained_autoregressively_stays_so_unless_a_mask_is_named(export, tmp_path):
+    hf = tiny_hf("llama")
+    special = SpecialTokens(mask_id=MASK, bos_id=0, eos_id=0, pad_id=0)
+    save_model(tmp_path / "parent", DiffusionLM(hf, None).eval(), tiny_tokenizer(), special)
+    assert export("model_path=parent", "output=same")[0] == 0
+    assert "is_causal" not in json.loads((tmp_path / "same" / "config.json").read_text())
+    assert json.loads((tmp_path / "same" / "quintet.json").read_text())["is_causal"] is True
+    assert export("model_path=parent", "output=diffusion", f"mask_token_id={MASK}")[0] == 0
+    assert json.loads((tmp_path / "diffusion" / "config.json").read_text())["is_causal"] is False
+    for folder in ("same", "diffusion"):
+        assert_same_state(read_folder(tmp_path / folder), read_folder(tmp_path / "parent"))
 
 
 def test_adapters_are_merged_or_exported_alone(export, tmp_path):

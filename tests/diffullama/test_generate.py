@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.tokenizer import ByteTokenizer
+from common.data.tokenizer import ByteTokenizer, train_bpe
 from common.errors import ConfigError, DataError
 from common.generation.sample_file import read_records, texts
 from diffullama.generate import main, translate_flags
 from diffullama.generate_config import GenerateConfig
 from diffullama.generation import build_requests, generate, load, run_events_of
+from diffullama.model import DiffusionLM
 from diffullama.predictions import PredictionRecord
 from diffullama.reference_samplers import sample
+from diffullama.requests import Prompt, build_request
 from diffullama.sampler import build_sampler
 from diffullama.saving import save_model
-from diffullama.special_tokens import SpecialTokens
+from diffullama.special_tokens import SpecialTokens, isolate_digits
 from tests.diffullama.tiny_models import tiny_lm
 
 MASK, ROWS = 128, 131  # two embedding rows behind the mask that no token has
@@ -153,6 +155,25 @@ def test_the_reference_engine_is_the_released_sampler(config: GenerateConfig):
     assert len(records[0].tokens) == 23  # the column of the junk token is dropped
 
 
+def test_a_parent_that_was_never_adapted_is_pointed_out(config: GenerateConfig, tmp_path: Path, caplog):
+    generate(config)
+    assert "never adapted" not in caplog.text
+    lm = tiny_lm(vocab=ROWS, mask_id=MASK, positions=24).lm
+    parent = save_model(tmp_path / "parent", DiffusionLM(lm, None).eval(), ByteTokenizer(), SPECIAL)
+    generate(replace(config, model_path=str(parent), length=8))
+    assert "never adapted" in caplog.text and "mode=causal" in caplog.text
+
+
+def test_prompts_of_the_finetuning_layout_isolate_digits_where_the_family_does():
+    tokenizer = train_bpe(["2024 2024 2024 and 1024 1024"] * 8, 270)
+    shape = {"vocab_size": 300, "length": 20, "template": "sft"}
+    special = SpecialTokens(mask_id=299, bos_id=0, eos_id=0, pad_id=0, sep_id=5)
+    for digits in (True, False):
+        request = build_request(Prompt("2024 and 7"), special, tokenizer, digits=digits, **shape)
+        prompt = isolate_digits(tokenizer, "2024 and 7") if digits else tokenizer.encode("2024 and 7")
+        assert request.tokens_L[~request.free_L].tolist() == [0, *prompt, 5]
+
+
 def test_texts_end_where_they_are_cut(config: GenerateConfig):
     stops = list(range(3, 100))
     records = generate(replace(config, order="left_to_right", stop=stops, num_samples=4)).records
@@ -213,8 +234,9 @@ def test_flags_of_the_released_scripts_are_understood():
         ({"engine": "reference", "order": "entropy"}, "no released sampler"),
         ({"engine": "reference", "guidance": 1.0}, "needs engine=event"),
         ({"engine": "reference", "diffusion_steps": None}, "needs engine=event"),
-        ({"diffusion_steps": 0}, "at least 1"),
-        ({"logits_temp": -0.5}, "at least 0"),
+        ({"diffusion_steps": 0}, "diffusion_steps=0 is too small; it must be at least 1"),
+        ({"logits_temp": -0.5}, "logits_temp=-0.5 is too small; it must be at least 0"),
+        ({"attn_implementation": "flash_attention_2", "model_precision": "fp32"}, "set model_precision=bf16"),
         ({"topp_temp": 0.0}, r"topp_temp=0.0 must lie in \(0, 1\]"),
         ({"top_k": 3}, "topp_temp=null"),
         ({"num_samples": 0}, "num_samples=0"),
