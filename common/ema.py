@@ -16,8 +16,8 @@ def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class EMA:
-    """Shadow weights that follow the parameters: ``shadow -= (1 - d) * (shadow - parameter)`` at update n (from 1), with
-    ``d = min(decay, (1 + n) / (10 + n))``, or ``d = decay`` without warm-up.
+    """Shadow weights that follow the parameters: at update n (from 1) ``shadow -= (1 - d) * (shadow - parameter)``,
+    with ``d = min(decay, (1 + n) / (10 + n))``, or ``d = decay`` without warm-up.
 
     Args:
         params_named: name -> parameter or shard; DTensors and flat shards are averaged in place, without communication.

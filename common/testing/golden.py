@@ -5,6 +5,7 @@ every random number that the reference would draw) and ``out_*`` arrays (what it
 """
 
 import json
+import re
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class Case:
         """Asserts that ``got`` equals the frozen array ``name`` under the case's rule.
 
         Integer arrays must be equal (or differ by at most 1, where the case allows it); floats may differ by
-        ``tolerance``, by ``rtol |expected| + atol`` if it holds these, or by ``tolerance * max(1, max|expected|)`` where
-        the case says ``relative``.
+        ``tolerance``, by ``rtol |expected| + atol`` if it holds these, or by ``tolerance * max(1, max|expected|)``
+        where the case says ``relative``.
         """
         expected = self.arrays[name]
         value = got.detach().cpu().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
@@ -58,7 +59,9 @@ class Case:
         rtol, atol = self._tolerances(name, expected)
         error = np.abs(value - expected)
         excess = (error - rtol * np.abs(expected)).max(initial=0.0)
-        assert excess <= atol, f"{self.name}.{name}: largest error {error.max():.3e} exceeds rtol {rtol:g}, atol {atol:g}"
+        assert excess <= atol, (
+            f"{self.name}.{name}: largest error {error.max(initial=0.0):.3e} exceeds rtol {rtol:g}, atol {atol:g}"
+        )
 
     def _check_integers(self, name: str, value: np.ndarray, expected: np.ndarray) -> None:
         slack = 1 if "+-1" in str(self.raw.get("tolerance")) else 0
@@ -66,20 +69,42 @@ class Case:
         assert not different.size, f"{self.name}.{name}: {different.size} of {expected.size} integers differ"
 
     def _tolerances(self, name: str, expected: np.ndarray) -> tuple[float, float]:
-        """(relative, absolute): from a number, ``{"rtol", "atol"}``, or one of these for each kind of output."""
+        """(relative, absolute): from a number, ``{"rtol", "atol"}``, a text, or one of these per kind of output."""
         tolerance = self.raw["tolerance"]
         if isinstance(tolerance, Mapping) and not {"rtol", "atol"} & tolerance.keys():
-            # the kind that the name holds, else the least
-            kinds = [value for kind, value in tolerance.items() if kind in name]
-            tolerance = kinds[0] if kinds else min(v for v in tolerance.values() if isinstance(v, int | float))
+            tolerance = _of_kind(name, tolerance)
         if isinstance(tolerance, Mapping):
             return tolerance.get("rtol", 0.0), tolerance.get("atol", 0.0)
         if isinstance(tolerance, str):
-            assert tolerance.startswith("exact"), f"{self.name}.{name}: tolerance {tolerance!r} is none that is known"
-            return 0.0, 0.0
+            return _in_words(tolerance)
         if self.raw.get("relative"):
             tolerance *= max(1.0, float(np.abs(expected).max(initial=0.0)))
         return 0.0, tolerance
+
+
+def _of_kind(name: str, tolerances: Mapping) -> object:
+    """The entry whose key shares most words with the output's name, the earliest ones; the strictest if none does."""
+    words = name.split("_")
+
+    def fit(kind: str) -> tuple[int, int, int]:
+        shared = [words.index(word) for word in kind.split("_") if word in words]
+        return len(shared), -min(shared, default=len(words)), -len(kind.split("_"))
+
+    best = max(tolerances, key=fit)
+    if fit(best)[0]:
+        return tolerances[best]
+    strict = [value for value in tolerances.values() if not isinstance(value, str)]
+    return min(strict, key=lambda value: value.get("rtol", 0.0) if isinstance(value, Mapping) else value)
+
+
+def _in_words(tolerance: str) -> tuple[float, float]:
+    """Of a text: ``exact...``, ``... within 2/80 ...`` or ``rtol 5e-3 ...``."""
+    if share := re.search(r"within (\d+)/(\d+)", tolerance):
+        return 0.0, int(share[1]) / int(share[2])
+    if relative := re.search(r"rtol ([0-9.e-]+)", tolerance):
+        return float(relative[1]), 0.0
+    assert tolerance.startswith("exact"), f"the tolerance {tolerance!r} is none that is known"
+    return 0.0, 1e-12
 
 
 def load_cases(paper: str, folder: str | Path = DEFAULT_GOLDEN_DIR) -> dict[str, Case]:

@@ -30,8 +30,16 @@ def commands() -> list[tuple[str, list[str]]]:
             words = [word for word in shlex.split(line, comments=True)]
             if "-m" in words and words[words.index("-m") - 1].startswith("python"):
                 module = words[words.index("-m") + 1]
-                found.append((f"{readme.relative_to(ROOT)}: {line}", [module, *words[words.index("-m") + 2 :]]))
+                arguments = single_job(words[words.index("-m") + 2 :])
+                found.append((f"{readme.relative_to(ROOT)}: {line}", [module, *arguments]))
     return found
+
+
+def single_job(arguments: list[str]) -> list[str]:
+    """The first job of a sweep: hydra shows the configuration of one job only."""
+    if "--multirun" not in arguments:
+        return arguments
+    return [re.sub(r"(=[^,\[{\"']*),.*", r"\1", word) for word in arguments if word != "--multirun"]
 
 
 def scripts() -> list[tuple[str, Path]]:

@@ -1,0 +1,1 @@
+"""GenEval: do images show the objects, numbers, colours and positions that their prompts ask for?"""
