@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from common.config import require_at_least, require_choice
 from common.errors import ConfigError
+from mup_dit.fused import gated_sum, modulated_norm
 from mup_dit.layers import (
+    NORM_EPS,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
@@ -22,8 +24,6 @@ from mup_dit.layers import (
     TimestepEmbedder,
     attention_scale,
     guided_pair,
-    layer_norm,
-    modulate,
     position_table,
     require_width,
     unpatchify,
@@ -86,15 +86,14 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm1, self.norm2 = layer_norm(size), layer_norm(size)
         self.attn = SelfAttention(size, config.num_heads, config.scale, config.qk_norm)
         self.mlp = Mlp(size, int(size * config.mlp_ratio), size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD)[:, None].chunk(6, dim=-1)
-        x_BND = torch.addcmul(x_BND, gate1, self.attn(modulate(self.norm1(x_BND), shift1, scale1)))
-        return torch.addcmul(x_BND, gate2, self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
+        x_BND = gated_sum(x_BND, gate1, self.attn(modulated_norm(x_BND, shift1, scale1, NORM_EPS)))
+        return gated_sum(x_BND, gate2, self.mlp(modulated_norm(x_BND, shift2, scale2, NORM_EPS)))
 
 
 class FinalLayer(nn.Module):
@@ -103,13 +102,12 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm_final = layer_norm(size)
         self.linear = Readout(size, config.patch_size**2 * config.out_channels, config.output_mult)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 2 * size))
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
+        return self.linear(modulated_norm(x_BND, shift, scale, NORM_EPS))
 
 
 class DiT(nn.Module):

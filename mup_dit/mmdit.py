@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from common.config import require_at_least, require_choice
 from common.errors import ConfigError
+from mup_dit.fused import gated_sum, modulated_norm
 from mup_dit.layers import (
     FREQUENCIES,
     NORM_EPS,
     HeadNorm,
+    attend,
     attention_scale,
     guided_pair,
-    layer_norm,
     merge_heads,
-    modulate,
     position_table,
     require_width,
     split_heads,
@@ -164,7 +164,7 @@ class JointAttention(nn.Module):
         k = torch.cat([self.norm_k(self._split(self.to_k(x_BND))),
                        self.norm_added_k(self._split(self.add_k_proj(y_BTD)))], dim=2)  # fmt: skip
         v = torch.cat([self._split(self.to_v(x_BND)), self._split(self.add_v_proj(y_BTD))], dim=2)
-        h = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11K, scale=self.scale))
+        h = merge_heads(attend(q, k, v, mask=mask_B11K, scale=self.scale))
         image, text = h[:, : x_BND.shape[1]], h[:, x_BND.shape[1] :]
         return self.to_out[0](image), None if self.to_add_out is None else self.to_add_out(text)
 
@@ -205,7 +205,6 @@ class JointBlock(nn.Module):
         self.attn = JointAttention(config, text_out)
         self.ff = FeedForward(size, config.mlp_ratio)
         self.ff_context = FeedForward(size, config.mlp_ratio) if text_out else None
-        self.norm = layer_norm(size)
 
     def forward(self, x_BND: Tensor, y_BTD: Tensor, c_BD: Tensor, mask_B11K: Tensor | None) -> tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(c_BD)
@@ -214,13 +213,15 @@ class JointBlock(nn.Module):
         else:
             y_scale1, y_shift1 = self.norm1_context(c_BD)  # this order in SD3
         image, text = self.attn(
-            modulate(self.norm(x_BND), shift1, scale1), modulate(self.norm(y_BTD), y_shift1, y_scale1), mask_B11K
+            modulated_norm(x_BND, shift1, scale1, NORM_EPS),
+            modulated_norm(y_BTD, y_shift1, y_scale1, NORM_EPS),
+            mask_B11K,
         )
-        x_BND = torch.addcmul(x_BND, gate1, image)
-        x_BND = torch.addcmul(x_BND, gate2, self.ff(modulate(self.norm(x_BND), shift2, scale2)))
+        x_BND = gated_sum(x_BND, gate1, image)
+        x_BND = gated_sum(x_BND, gate2, self.ff(modulated_norm(x_BND, shift2, scale2, NORM_EPS)))
         if self.text_out:
-            y_BTD = torch.addcmul(y_BTD, y_gate1, text)
-            y_BTD = torch.addcmul(y_BTD, y_gate2, self.ff_context(modulate(self.norm(y_BTD), y_shift2, y_scale2)))
+            y_BTD = gated_sum(y_BTD, y_gate1, text)
+            y_BTD = gated_sum(y_BTD, y_gate2, self.ff_context(modulated_norm(y_BTD, y_shift2, y_scale2, NORM_EPS)))
         return x_BND, y_BTD
 
 
@@ -253,7 +254,6 @@ class MMDiT(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             JointBlock(config, text_out=index < last or not config.drop_last_text) for index in range(config.depth)
         )
-        self.norm_final = layer_norm(size)
         self.norm_out = Modulation(size, 2)
         self.proj_out = Readout(size, config.patch_size**2 * config.out_channels, config.output_mult)
         self.repa = None if config.repa_depth is None else RepaHead(config)
@@ -306,7 +306,7 @@ class MMDiT(nn.Module):
             if features and index == config.repa_depth:
                 found = self.repa(x_BND)
         scale, shift = self.norm_out(c_BD)
-        out = unpatchify(self.proj_out(modulate(self.norm_final(x_BND), shift, scale)), config.patch_size,
+        out = unpatchify(self.proj_out(modulated_norm(x_BND, shift, scale, NORM_EPS)), config.patch_size,
                          config.out_channels)  # fmt: skip
         return (out, found) if features else out
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from common.config import require_at_least, require_choice
 from common.errors import ConfigError
 from mup_dit.dit import GUIDED_CHANNELS
+from mup_dit.fused import gated_sum, modulated_norm
 from mup_dit.layers import (
     FREQUENCIES,
+    NORM_EPS,
     CrossAttention,
     Mlp,
     PatchEmbed,
@@ -25,8 +27,6 @@ from mup_dit.layers import (
     attention_scale,
     guided_pair,
     is_concrete,
-    layer_norm,
-    modulate,
     position_table,
     require_width,
     timestep_embedding,
@@ -125,7 +125,6 @@ class PixArtBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.scale_shift_table = nn.Parameter(torch.empty(6, size))
-        self.norm1, self.norm2 = layer_norm(size), layer_norm(size)
         self.attn = SelfAttention(size, config.num_heads, config.scale, config.qk_norm)
         self.cross_attn = CrossAttention(size, config.num_heads, config.scale)
         self.mlp = Mlp(size, int(size * config.mlp_ratio), size)
@@ -134,9 +133,9 @@ class PixArtBlock(nn.Module):
     def forward(self, x_BND: Tensor, y_BTD: Tensor, t0_B6D: Tensor, mask_B11T: Tensor | None) -> Tensor:
         """Args: t0_B6D: the shared modulation; the block adds its own table."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + t0_B6D).chunk(6, dim=1)
-        x_BND = x_BND + self._dropped(gate1 * self.attn(modulate(self.norm1(x_BND), shift1, scale1)))
+        x_BND = gated_sum(x_BND, gate1, self._dropped(self.attn(modulated_norm(x_BND, shift1, scale1, NORM_EPS))))
         x_BND = x_BND + self.cross_attn(x_BND, y_BTD, mask_B11T)
-        return x_BND + self._dropped(gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
+        return gated_sum(x_BND, gate2, self._dropped(self.mlp(modulated_norm(x_BND, shift2, scale2, NORM_EPS))))
 
     def _dropped(self, branch_BND: Tensor) -> Tensor:
         """Stochastic depth: the branch of whole rows is left out, the others are scaled up."""
@@ -153,12 +152,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.scale_shift_table = nn.Parameter(torch.empty(2, size))
-        self.norm_final = layer_norm(size)
         self.linear = Readout(size, config.patch_size**2 * config.out_channels, config.output_mult)
 
     def forward(self, x_BND: Tensor, e_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + e_BD[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
+        return self.linear(modulated_norm(x_BND, shift, scale, NORM_EPS))
 
 
 class PixArt(nn.Module):
