@@ -107,7 +107,9 @@ def load_weights_into(model: Network, path: str | Path, config: ModelConfig, *, 
     try:
         loaded = load_model(path, use_ema=use_ema, heads=config.network.num_heads, base_shapes=shapes)
     except ConfigError as error:
-        raise CheckpointError(f"init_from={path}: {error}") from None
+        # what is called heads there is a part of the network's shape here
+        reason = str(error).replace("heads=", "model.num_heads=").replace("leave the option out", "train at its width")
+        raise CheckpointError(f"init_from={path}: {reason}") from None
     if loaded.config.family != config.family:
         raise CheckpointError(f"init_from={path} is a {loaded.config.family}, but model.family={config.family}.")
     theirs, ours = loaded.model.state_dict(), readout_multipliers(model)

@@ -181,6 +181,11 @@ class LatentSampler:
         self.last_time = 1.0 if family == "mmdit" else objective.steps - 1.0
         if self.sampler in ("ddpm", "ddim"):
             respacing = config.respacing
+            if respacing is None and self.steps > objective.steps:
+                raise ConfigError(
+                    f"sampling.steps={self.steps} exceeds the {objective.steps} steps of the model's noise schedule; "
+                    f"ask for 1 to {objective.steps}."
+                )
             if respacing is None:
                 respacing = f"ddim{self.steps}" if self.sampler == "ddim" else str(self.steps)
             self.diffusion = self._diffusion(objective, respacing)

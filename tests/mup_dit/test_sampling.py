@@ -74,7 +74,7 @@ def test_respacing_is_used_as_given():
     [
         ("dit", {"sampler": "flow_euler"}, "use ddpm, ddim"),
         ("mmdit", {"sampler": "ddpm"}, "use flow_euler, flow_heun"),
-        ("dit", {"steps": 2000}, "2000 of the 1000"),
+        ("dit", {"steps": 2000}, "sampling.steps=2000 exceeds the 1000 steps"),
         ("dit", {"sampler": "ddim", "steps": 300}, "respacing=300"),
         ("pixart", {"steps": 1000}, "steps=1000"),
         ("pixart", {"respacing": "50"}, "takes sampling.steps"),
