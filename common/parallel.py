@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,4 +131,7 @@ def _join(world_size: int, device: torch.device) -> None:
 
 def _leave() -> None:
     if dist.is_initialized():
+        # objects that hold work of the group must go while Python still runs: a thread of the group that drops one
+        # during the interpreter's end would abort the process, after a run that was fine
+        gc.collect()
         dist.destroy_process_group()
