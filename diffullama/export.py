@@ -18,11 +18,12 @@ from typing import Literal
 from common import cli
 from common.config import require_at_least, require_choice
 from common.errors import ConfigError
+from common.folders import write_folder
 from common.seeding import generator
 from diffullama.loading import LoadedModel, load_model, resolve_dtype
 from diffullama.lora import NAMINGS, has_adapter, save_adapter
 from diffullama.model import DiffusionLM
-from diffullama.saving import check_output, model_card, model_metadata, save_model, write_folder, write_metadata
+from diffullama.saving import check_output, model_card, model_metadata, save_model, write_metadata
 from diffullama.special_tokens import add_mask_token, resolve_special_tokens
 
 FORMATS = ("hf", "reference", "adapter")

@@ -8,9 +8,7 @@ import contextlib
 import copy
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from common.checkpoint import CONFIG_FILE, save_weights, write_json
 from common.config import require_choice
 from common.data.tokenizer import Tokenizer
 from common.errors import CheckpointError
+from common.folders import write_folder
 from diffullama.convert import has_weights
 from diffullama.lora import ADAPTER_CONFIG, has_adapter, merge
 from diffullama.model import DiffusionLM
@@ -176,35 +175,6 @@ def check_output(folder: Path, overwrite: bool) -> None:
         )
     if not holds_model and any(folder.iterdir()):
         raise CheckpointError(f"output={folder} holds other files; choose another folder.")
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Has ``write`` fill a temporary folder, which then takes the place of ``folder``.
-
-    Raises: CheckpointError if the disk is full or the place cannot be written.
-    """
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, replaced / "old")
-            os.rename(temporary, folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"output={folder} could not be written ({error.strerror or error}); free disk space or choose another "
-            "folder."
-        ) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def model_card(model: DiffusionLM, metadata: Mapping[str, Any], layout: str) -> str:

@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import require_at_least, require_choice
-from common.errors import ConfigError
 from mup_dit.fused import gated_sum, modulated_norm
 from mup_dit.layers import (
     NORM_EPS,
@@ -22,21 +20,20 @@ from mup_dit.layers import (
     PatchEmbed,
     SelfAttention,
     TimestepEmbedder,
-    attention_scale,
     guided_pair,
     position_table,
-    require_width,
     unpatchify,
     xavier_std,
 )
 from mup_dit.parametrization import Init, InitLaw, Readout
+from mup_dit.shape import NetworkShape
 
 HEAD_SIZE = 72  # of all published DiT and PixArt-alpha widths except DiT-S and DiT-B, which have 64
 GUIDED_CHANNELS = 3  # of the reference's guidance: it leaves the fourth latent channel unguided
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(NetworkShape):
     """Shape of a DiT. Names as in the reference; ``hidden_size`` is D, ``input_size`` is S."""
 
     depth: int = 28
@@ -55,29 +52,7 @@ class DiTConfig:
     base_head_size: int | None = None  # of attention_scale=mup; None: this model's own
 
     def __post_init__(self) -> None:
-        for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
-            require_at_least(f"model.{name}", getattr(self, name), 1)
-        require_choice("model.attention_scale", self.attention_scale, ("sqrt", "mup"))
-        require_width("model.hidden_size", self.hidden_size, self.num_heads)
-        if self.input_size % self.patch_size:
-            raise ConfigError(f"model.input_size={self.input_size} is not divisible by patch_size={self.patch_size}.")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def scale(self) -> float:
-        return attention_scale(self.attention_scale, self.head_size, self.base_head_size or self.head_size)
+        self.check_shape("num_classes")
 
 
 class DiTBlock(nn.Module):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import require_at_least, require_choice
 from common.errors import ConfigError
 from mup_dit.fused import gated_sum, modulated_norm
 from mup_dit.layers import (
@@ -23,23 +22,22 @@ from mup_dit.layers import (
     NORM_EPS,
     HeadNorm,
     attend,
-    attention_scale,
     guided_pair,
     merge_heads,
     position_table,
-    require_width,
     split_heads,
     timestep_embedding,
     unpatchify,
     xavier_std,
 )
 from mup_dit.parametrization import Init, InitLaw, Readout
+from mup_dit.shape import NetworkShape
 
 TIME_SCALE = 1000.0  # t in [0, 1] enters the sinusoid as 0..1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMDiTConfig:
+class MMDiTConfig(NetworkShape):
     """Shape of an MMDiT; depth 19 and head size 64 give 0.18B at width 512 and 18B at 5120."""
 
     depth: int = 19
@@ -63,36 +61,14 @@ class MMDiTConfig:
     repa_channels: int = 768  # F
 
     def __post_init__(self) -> None:
-        names = ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "caption_channels")
-        for name in (*names, "pooled_channels", "model_max_length", "repa_channels"):
-            require_at_least(f"model.{name}", getattr(self, name), 1)
-        require_choice("model.attention_scale", self.attention_scale, ("sqrt", "mup"))
-        require_width("model.hidden_size", self.hidden_size, self.num_heads)
-        if self.input_size % self.patch_size:
-            raise ConfigError(f"model.input_size={self.input_size} is not divisible by patch_size={self.patch_size}.")
+        self.check_shape("caption_channels", "pooled_channels", "model_max_length", "repa_channels")
         if self.repa_depth is not None and not 1 <= self.repa_depth <= self.depth:
             raise ConfigError(f"model.repa_depth={self.repa_depth} must lie in 1..{self.depth} (blocks), or be null.")
 
     @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels
-
-    @property
     def learn_sigma(self) -> bool:
+        """A flow has no variance."""
         return False
-
-    @property
-    def scale(self) -> float:
-        return attention_scale(self.attention_scale, self.head_size, self.base_head_size or self.head_size)
 
 
 class PositionedPatches(nn.Module):

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import require_at_least, require_choice
 from common.errors import ConfigError
 from mup_dit.dit import GUIDED_CHANNELS
 from mup_dit.fused import gated_sum, modulated_norm
@@ -24,22 +23,21 @@ from mup_dit.layers import (
     PatchEmbed,
     SelfAttention,
     TimestepEmbedder,
-    attention_scale,
     guided_pair,
     is_concrete,
     position_table,
-    require_width,
     timestep_embedding,
     unpatchify,
     xavier_std,
 )
 from mup_dit.parametrization import Init, InitLaw, Readout
+from mup_dit.shape import NetworkShape
 
 SMALL_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixArtConfig:
+class PixArtConfig(NetworkShape):
     """Shape of a PixArt-alpha. Names as in the reference; ``hidden_size`` is D, ``input_size`` is S."""
 
     depth: int = 28
@@ -62,33 +60,10 @@ class PixArtConfig:
     base_head_size: int | None = None
 
     def __post_init__(self) -> None:
-        names = ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "caption_channels")
-        for name in (*names, "model_max_length"):
-            require_at_least(f"model.{name}", getattr(self, name), 1)
-        require_choice("model.attention_scale", self.attention_scale, ("sqrt", "mup"))
         third = 3 if self.micro_conditions else 1
-        require_width("model.micro_conditions", self.hidden_size, self.num_heads, third)
-        if self.input_size % self.patch_size:
-            raise ConfigError(f"model.input_size={self.input_size} is not divisible by patch_size={self.patch_size}.")
+        self.check_shape("caption_channels", "model_max_length", divisor=third, divided_for="model.micro_conditions")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"model.drop_path={self.drop_path} must lie in [0, 1).")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def scale(self) -> float:
-        return attention_scale(self.attention_scale, self.head_size, self.base_head_size or self.head_size)
 
 
 class CaptionEmbedder(nn.Module):

@@ -3,9 +3,6 @@
 A folder or file appears whole or not at all, and nothing is replaced unless that is asked for.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from common import provenance
 from common.checkpoint import CONFIG_FILE, MODEL_FILE, export_weights, save_weights
 from common.errors import CheckpointError
+from common.folders import write_folder
 from mup_dit.base_shapes import write_base_shapes
 from mup_dit.building import ModelConfig, Network, describe, flat_options
 from mup_dit.conversion import to_diffusers
@@ -57,11 +55,8 @@ def save_model(
         "readouts": readout_multipliers(model),
         "table": describe(model),
     }
-    return write_folder(
-        Path(folder),
-        lambda target: export_weights(target, state, described, model_card(config, described, state)),
-        overwrite=overwrite,
-    )
+    card = model_card(config, described, state)
+    return replace_model(folder, lambda target: export_weights(target, state, described, card), overwrite)
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +85,7 @@ def save_diffusers(folder: Path | str, model: Network, *, overwrite: bool = Fals
         if isinstance(model, PixArt):
             save_weights(target / NULL_CAPTION_FILE, {"y_embedding": model.y_embedder.y_embedding})
 
-    return write_folder(Path(folder), write, overwrite=overwrite)
+    return replace_model(folder, write, overwrite)
 
 
 def save_reference(
@@ -120,37 +115,13 @@ def save_reference(
             shapes = {row.name: row.base_shape for row in model.scalings.values()}
             write_base_shapes(target / BASE_SHAPES_FILE, shapes)
 
-    return write_folder(Path(folder), write, overwrite=overwrite)
+    return replace_model(folder, write, overwrite)
 
 
-def write_folder(folder: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> Path:
-    """Has ``write`` fill a temporary folder, which then takes the place of ``folder``.
-
-    Raises: CheckpointError if the place is taken, or cannot be written.
-    """
-    check_output(folder, overwrite)
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, replaced / "old")
-            os.rename(temporary, folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"output={folder} could not be written ({error.strerror or error}); free disk space or choose another "
-            "folder."
-        ) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+def replace_model(folder: Path | str, write: Callable[[Path], object], overwrite: bool) -> Path:
+    """``write_folder`` behind ``check_output``."""
+    check_output(Path(folder), overwrite)
+    return write_folder(Path(folder), write)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
