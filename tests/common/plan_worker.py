@@ -22,6 +22,7 @@ import torch
 from common.errors import CheckpointError
 from common.parallel import start
 from common.plans import Plan
+from common.testing.distributed import finish
 from common.testing.tiny_task import TinyTask, TinyValidation, tiny_config, tiny_loader
 from common.trainer import FitResult, TrainState, fit
 
@@ -107,3 +108,4 @@ def main(out: Path, plans: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    finish()

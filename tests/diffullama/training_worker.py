@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.config import BatchConfig, CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainerConfig
 from common.parallel import start
+from common.testing.distributed import finish
 from common.trainer import TrainState, fit
 from diffullama.config import ObjectiveConfig
 from diffullama.lora import PeftConfig, apply_lora
@@ -108,3 +109,4 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         family, plan = case.split(":")
         train(Path(sys.argv[1]) / f"{family}-{plan}", family, plan)
+    finish()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.config import BatchConfig, CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainerConfig
 from common.parallel import start
+from common.testing.distributed import finish
 from common.trainer import TrainState, fit
 from mup_dit.objective import ObjectiveConfig
 from mup_dit.task import DiffusionTask
@@ -98,3 +99,4 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         family, plan = case.split(":")
         train(Path(sys.argv[1]) / f"{family}-{plan}", family, plan)
+    finish()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.config import OptimConfig, ParallelConfig, TrackingConfig
 from common.parallel import start
+from common.testing.distributed import finish
 from common.trainer import fit
 from radd.config import TrainConfig, TrainingConfig
 from radd.model import ModelConfig
@@ -83,3 +84,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
         train(Path(sys.argv[1]) / name, name)
+    finish()
