@@ -57,6 +57,9 @@ class Case:
             return
         value, expected = value.astype(np.float64), expected.astype(np.float64)
         rtol, atol = self._tolerances(name, expected)
+        absent = np.isnan(expected)  # padding
+        assert np.array_equal(np.isnan(value), absent), f"{self.name}.{name}: NaN at other places than expected"
+        value, expected = np.where(absent, 0, value), np.where(absent, 0, expected)
         error = np.abs(value - expected)
         excess = (error - rtol * np.abs(expected)).max(initial=0.0)
         assert excess <= atol, (
@@ -115,8 +118,9 @@ def load_cases(paper: str, folder: str | Path = DEFAULT_GOLDEN_DIR) -> dict[str,
     cases = {}
     for name, entry in entries:
         arrays: dict[str, np.ndarray] = {}
-        if file := entry.get("file") or entry.get("npz"):
-            with np.load(root / file) as archive:
+        file, by_name = entry.get("file") or entry.get("npz"), root / f"{name}.npz"
+        if file or by_name.is_file():
+            with np.load(root / file if file else by_name) as archive:
                 arrays = {key: archive[key] for key in archive.files}
         cases[name] = Case(name, entry, entry.get("config") or {}, arrays)
     return cases
@@ -131,6 +135,18 @@ def fill_values(key: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     if len(shape) <= 1:
         return 0.1 * normal + (1.0 if key.endswith("weight") else 0.0)
     return normal / np.sqrt(int(np.prod(shape[1:])))
+
+
+def fill_listed(module: nn.Module, case: Mapping) -> nn.Module:
+    """``fill`` of the keys that the case lists as filled, with its seed; the others keep what they were built with.
+
+    Raises: AssertionError if a listed key is missing or has another shape.
+    """
+    state, listed = module.state_dict(), {key: tuple(shape) for key, shape in case["filled_keys"]}
+    for key, shape in listed.items():
+        assert key in state, f"the module has no {key}"
+        assert tuple(state[key].shape) == shape, f"{key} has shape {tuple(state[key].shape)}, the case's is {shape}"
+    return fill(module, case["weights"]["seed"], skip=state.keys() - listed.keys())
 
 
 @torch.no_grad()
