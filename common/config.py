@@ -12,9 +12,10 @@ from typing import Literal
 from common.errors import ConfigError
 
 PLANS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+WHOLE_PARAMETER_PLANS = ("none", "ddp")  # every process holds all parameters and their optimizer state
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-SCHEDULES = ("constant", "cosine", "wsd", "cosine_constant")
-OPTIMIZERS = ("AdamW", "Adam")
+SCHEDULES = ("constant", "cosine", "wsd", "cosine_constant", "cosine_lagged")
+OPTIMIZERS = ("AdamW", "Adam", "AdamW8bit")
 
 
 def require_choice(name: str, value: object, choices: tuple) -> None:
@@ -101,15 +102,17 @@ class KeepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    optimizer: Literal["AdamW", "Adam"] = "AdamW"
+    optimizer: Literal["AdamW", "Adam", "AdamW8bit"] = "AdamW"  # AdamW8bit: a quarter of AdamW's memory
     lr: float = 3e-4  # peak learning rate
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: int = 2500  # steps of linear warm-up: lr at step s (from 1) is lr * min(s / warmup, 1); 0 disables
+    warmup_factor: float = 0.0  # cosine_lagged: share of lr that the warm-up starts from
     grad_clip: float = 1.0  # largest global gradient norm; negative disables clipping
-    schedule: Literal["constant", "cosine", "wsd", "cosine_constant"] = "constant"  # shape of the rate after warm-up
+    # shape of the rate after warm-up
+    schedule: Literal["constant", "cosine", "wsd", "cosine_constant", "cosine_lagged"] = "constant"
     min_ratio: float = 0.0  # floor of the rate where it falls, as a share of lr
     decay_fraction: float = 0.2  # share of the run in which the rate falls: its end (wsd) or start (cosine_constant)
 
@@ -119,7 +122,7 @@ class OptimConfig:
         require_at_least("optim.lr", self.lr, 0)
         require_at_least("optim.weight_decay", self.weight_decay, 0)
         require_at_least("optim.eps", self.eps, 0)
-        for name in ("beta1", "beta2", "min_ratio", "decay_fraction"):
+        for name in ("beta1", "beta2", "min_ratio", "decay_fraction", "warmup_factor"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
                 raise ConfigError(f"optim.{name}={value} must lie in [0, 1{')' if name.startswith('beta') else ']'}.")
@@ -186,5 +189,11 @@ class TrainerConfig:
         require_at_least("validate_interval_steps", self.validate_interval_steps, 0)
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.optim.optimizer == "AdamW8bit" and self.parallel.plan not in WHOLE_PARAMETER_PLANS:
+            raise ConfigError(
+                f"optim.optimizer=AdamW8bit keeps its state in blocks of whole parameters, which "
+                f"parallel.plan={self.parallel.plan} shards; use optim.optimizer=AdamW, whose state is then shared out "
+                "over the processes, or parallel=ddp."
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); null switches the moving average off.")

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from common.config import PLANS, TrainerConfig
+from common.adamw8bit import STATE_BYTES
+from common.config import PLANS, WHOLE_PARAMETER_PLANS, TrainerConfig
 from common.precision import resolve_precision
 from common.task import Task
 
-FLOAT_BYTES = 4  # parameters, gradients, optimizer and moving average are float32 under every precision
-ADAM_STATES = 2
+FLOAT_BYTES = 4  # parameters, gradients, Adam's states and moving average are float32 under every precision
+ADAM_BYTES = 2 * FLOAT_BYTES  # per parameter
 ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's default for stage3_max_live_parameters: so many stay gathered
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,10 +88,11 @@ def estimate(
     # a plan's refusal of a precision is the training run's to report
     precision = resolve_precision(config.precision, device)
     block_sizes = [sum(p.numel() for p in block.parameters()) for block in task.repeated_blocks(model)]
+    is_8bit = config.optim.optimizer == "AdamW8bit"
     plans = []
     for world_size, micro_size in sorted(micro_sizes.items()):
         activations = activation_bytes(task, config, micro_size, precision, forward) if forward else None
-        for plan in PLANS:
+        for plan in WHOLE_PARAMETER_PLANS if is_8bit else PLANS:
             if (plan == "none") == (world_size == 1):
                 plans.append(
                     plan_memory(
@@ -102,6 +104,7 @@ def estimate(
                         block_sizes=block_sizes,
                         has_ema=config.ema_decay is not None,
                         activations=activations,
+                        optimizer_bytes=STATE_BYTES if is_8bit else ADAM_BYTES,
                     )
                 )
     flops, tokens = task.flops_per_sample(model), task.samples_to_tokens()
@@ -126,12 +129,14 @@ def plan_memory(
     block_sizes: Sequence[int] = (),
     has_ema: bool = True,
     activations: int | None = None,
+    optimizer_bytes: float = ADAM_BYTES,
 ) -> PlanMemory:
     """Bytes per process under ``plan``, from element counts.
 
     Args:
         trainable, frozen: parameters of the whole model.
         block_sizes: parameters of each repeated block, which sharded plans gather one by one.
+        optimizer_bytes: optimizer state per trainable parameter.
     """
 
     def share(elements: int, is_sharded: bool) -> int:
@@ -141,7 +146,7 @@ def plan_memory(
     shards_gradients = plan in ("fsdp2", "zero2", "zero3")
     shards_optimizer = plan not in ("none", "ddp")
     # DeepSpeed keeps a float32 copy of the weights beside Adam's two states
-    states = ADAM_STATES + (1 if plan.startswith("zero") else 0)
+    optimizer_bytes += FLOAT_BYTES if plan.startswith("zero") else 0
     gathered = 0
     if plan == "fsdp2":
         largest, rest = max(block_sizes, default=0), trainable + frozen - sum(block_sizes)
@@ -155,7 +160,7 @@ def plan_memory(
         micro_size=micro_size,
         parameters=share(trainable + frozen, shards_parameters),
         gradients=share(trainable, shards_gradients),
-        optimizer=share(trainable, shards_optimizer) * states,
+        optimizer=round(share(trainable, shards_optimizer) * optimizer_bytes / FLOAT_BYTES),
         averaged=share(trainable, shards_parameters) if has_ema else 0,
         gathered=gathered * FLOAT_BYTES if world_size > 1 else 0,
         activations=activations,

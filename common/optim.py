@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from common.adamw8bit import AdamW8bit
 from common.config import OptimConfig
 from common.errors import ConfigError
 
@@ -17,11 +18,14 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     ``lr * min(step / warmup, 1)`` times the schedule's factor: 1 for ``constant``; a half cosine from 1 at step 0 to
     ``min_ratio`` at ``total_steps`` for ``cosine``; for ``wsd`` 1, then over the last ``decay_fraction`` of the run a
     straight line to ``min_ratio``; for ``cosine_constant`` a half cosine from 1 after warm-up to ``min_ratio`` at
-    ``decay_fraction`` of the run, then flat.
+    ``decay_fraction`` of the run, then flat. ``cosine_lagged``: see ``lagged_cosine``.
 
     Source: warm-up as in RADD's released trainer (golden case ``train_steps``); WSD: Hu et al., 2024 (MiniCPM);
-    ``cosine_constant``: PixArt-alpha's released trainer (golden case ``lr_cosine_decay_to_constant``).
+    ``cosine_constant``: PixArt-alpha's released trainer (golden case ``lr_cosine_decay_to_constant``);
+    ``cosine_lagged``: RPG's released trainer (golden case ``learning_rates``).
     """
+    if config.schedule == "cosine_lagged":
+        return config.lr * lagged_cosine(max(step - 2, 0), config, total_steps)
     warm = min(step / config.warmup, 1.0) if config.warmup > 0 else 1.0
     if config.schedule == "cosine":
         share = min(step / total_steps, 1.0)
@@ -39,30 +43,43 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return config.lr * warm * factor
 
 
+def lagged_cosine(index: int, config: OptimConfig, total_steps: int) -> float:
+    """Share of the peak rate at position ``index`` (from 0) of a half cosine that a trainer reads one step late.
+
+    A line from ``warmup_factor`` at 0 to 1 at ``warmup``, then a half cosine to ``min_ratio`` at ``total_steps``. A
+    trainer that moves its schedule after each update to the number, from 0, of that update runs its first two steps at
+    position 0; step s (from 1) after that at position s - 2. So the rate does not quite reach its end.
+    """
+    if index < config.warmup:
+        return config.warmup_factor + (1 - config.warmup_factor) * index / config.warmup
+    share = (index - config.warmup) / max(total_steps - config.warmup, 1)
+    return config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def build_optimizer(groups: list[dict], config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW over ``groups``, fused where parameters are plain tensors, else foreach.
+    """Adam or AdamW over ``groups``, fused where parameters are plain tensors, else foreach; or AdamW8bit.
 
     A group may carry its own ``weight_decay`` and ``lr_scale`` (a factor on the scheduled rate, 1 by default).
 
-    Raises: ConfigError if no group holds a trainable parameter.
+    Raises: ConfigError if no group holds a trainable parameter, or AdamW8bit meets sharded ones.
     """
     groups = [{**group, "params": list(group["params"])} for group in groups]
     groups = [group for group in groups if group["params"]]
     parameters = [p for group in groups for p in group["params"]]
     if not parameters:
         raise ConfigError("the model has no trainable parameter; unfreeze at least one.")
+    options = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "AdamW8bit":
+        return AdamW8bit(groups, **options)
     # fused kernels exist on CUDA and CPU; on the CPU they do not take DTensors
     fused = device.type == "cuda" or not any(isinstance(p, DTensor) for p in parameters)
     kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
-    return kinds[config.optimizer](
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=fused,
-        **({} if fused else {"foreach": True}),
-    )
+    return kinds[config.optimizer](groups, **options, fused=fused, **({} if fused else {"foreach": True}))
 
 
 def set_learning_rate(optimizer: object, rate: float) -> None:
@@ -101,7 +118,9 @@ def empty_optimizer_tensors(
         parameter = named.get(name)
         if parameter is None or id(parameter) not in owner:
             continue
-        if state_name == "step":
+        if isinstance(optimizer, AdamW8bit):
+            value = optimizer.empty_state(parameter, state_name)
+        elif state_name == "step":
             on_device = owner[id(parameter)]["fused"] or owner[id(parameter)].get("capturable")
             value = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
         else:

@@ -51,7 +51,8 @@ def config_changes(before: object, now: object, prefix: str = "") -> list[str]:
             for change in config_changes(before.get(key, missing), now.get(key, missing), f"{prefix}{key}.")
         ]
     key = prefix.removesuffix(".")
-    if before == now or any(fnmatch.fnmatch(key, pattern) for pattern in FREE_OPTIONS):
+    both_nan = before != before and now != now  # NaN, for example of a padding value, differs from itself
+    if before == now or both_nan or any(fnmatch.fnmatch(key, pattern) for pattern in FREE_OPTIONS):
         return []
     return [f"{key}: {before!r} -> {now!r}"]
 

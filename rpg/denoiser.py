@@ -149,4 +149,3 @@ def row_flops(channels: Sequence[int], kernel_size: int, size: int) -> float:
 def activation_bytes(channels: Sequence[int], size: int, element_size: int) -> int:
     """What one row keeps for backward: about four tensors a level (modulated twice, convolved, normalised)."""
     return 4 * element_size * size * sum(channels[:-1])
-

@@ -41,9 +41,34 @@ class GatedRMSNorm(nn.Module):
         self.groups = groups
 
     def forward(self, y_BLX: Tensor, z_BLX: Tensor) -> Tensor:
-        gated = (y_BLX.float() * F.silu(z_BLX.float())).unflatten(-1, (self.groups, -1))
-        inverse = torch.rsqrt(gated.square().mean(-1, keepdim=True) + EPSILON)
-        return ((gated * inverse).flatten(-2) * self.weight.float()).to(y_BLX.dtype)
+        with torch.autocast(y_BLX.device.type, enabled=False):
+            shape = (self.groups, -1)
+            parts = (y_BLX.float().unflatten(-1, shape), z_BLX.float().unflatten(-1, shape))
+            return _GatedNorm.apply(*parts, self.weight.float().view(shape)).flatten(-2).to(y_BLX.dtype)
+
+
+class _GatedNorm(torch.autograd.Function):
+    """The norm with a backward pass of its own, which keeps three tensors where autograd would keep seven."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        gated = F.silu(z).mul_(y)
+        inverse = (gated * gated).mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+        ctx.save_for_backward(y, z, weight, inverse)
+        return gated.mul_(inverse).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, z, weight, inverse = ctx.saved_tensors
+        silu = F.silu(z)
+        normed = (y * silu).mul_(inverse)
+        d_weight = (d_out * normed).sum(dim=tuple(range(d_out.ndim - 2)))
+        d_normed = d_out * weight
+        share = (d_normed * normed).mean(-1, keepdim=True)
+        d_gated = d_normed.sub_(normed.mul_(share)).mul_(inverse)
+        d_z = torch.ops.aten.silu_backward(d_gated * y, z)
+        return d_gated.mul_(silu), d_z, d_weight
 
 
 class Mamba2Mixer(nn.Module):

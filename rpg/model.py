@@ -53,11 +53,6 @@ class Generator(nn.Module):
         if config.condition in ("none", "linear"):
             self.to_condition = nn.Linear(max(config.condition_size, 1), config.d_model)
             return
-        if config.condition_size < 1:
-            raise ConfigError(
-                f"model.condition={config.condition} needs checkpoints with conditions; set data.condition=class, or "
-                "model.condition=none."
-            )
         norm = nn.SiLU() if config.condition == "gated" else nn.LayerNorm(config.d_condition)
         self.get_condition = nn.Sequential(nn.Linear(config.condition_size, config.d_condition), norm)
         self.to_condition_linear = nn.Linear(config.d_condition, config.d_model)
@@ -94,15 +89,15 @@ class Generator(nn.Module):
                 f"condition of length {condition_BE.shape[-1]}: this generator takes "
                 f"{config.condition_size} numbers{'' if config.condition_size else ', that is, none'}."
             )
-        weight = next(self.parameters())
+        device = self.model.pe.device
         if config.condition in ("none", "linear"):
             if condition_BE is None:
-                condition_BE = weight.new_zeros(1, max(config.condition_size, 1))
+                condition_BE = torch.zeros(1, max(config.condition_size, 1), device=device)
             elif keep_B is not None:
                 condition_BE = condition_BE * keep_B[:, None]
             return self.to_condition(condition_BE)[:, None]
         if condition_BE is None:
-            return weight.new_zeros(1, 1, config.d_model)
+            return torch.zeros(1, 1, config.d_model, device=device)
         embedded_B1M = self.to_condition_linear(self.get_condition(condition_BE))[:, None]
         if config.condition == "gated":
             embedded = embedded_B1M * self.to_condition_gate

@@ -89,6 +89,11 @@ class GeneratorConfig:
                 f"model.head=mse puts out prototypes as tokens, so their width {self.width} must be "
                 f"data.dim_per_token={self.dim_per_token}."
             )
+        if self.condition != "none" and self.condition_size < 1:
+            raise ConfigError(
+                f"model.condition={self.condition} needs checkpoints with conditions; set data.condition=class (or "
+                "seed, or file), or model.condition=none."
+            )
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ConfigError(f"model.min_snr_gamma={self.min_snr_gamma} must be positive; null switches it off.")
         if len(self.beta) != 2:

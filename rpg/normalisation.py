@@ -27,7 +27,9 @@ class BatchNorm(nn.BatchNorm1d):
         if dist.is_initialized() and dist.get_world_size() > 1:
             return self._over_processes(x_RCD)
         if in_backward():
-            return F.batch_norm(x_RCD, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            # copies, because a recomputation must keep as many tensors as the first pass did
+            mean_C, variance_C = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(x_RCD, mean_C, variance_C, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x_RCD)
 
     def _over_processes(self, x_RCD: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def token_positions(codec: TokenPlaces, kind: str, width: int) -> Tensor:
 def _waves(position_L: Tensor, width: int) -> Tensor:
     _check_width(width, 2)
     frequency = torch.pow(10000.0, -torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angle = position_L[:, None] * frequency
+    angle = position_L.to(frequency.device)[:, None] * frequency  # a meta device when costs are planned
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 

@@ -72,9 +72,10 @@ def ssd_scan(
     state_BGXN = _initial(initial_BHPN, batch, groups, per_group * width, state_size, states_BcGXN)
     kept_BcGX1 = torch.exp(end_BcGr1).expand(-1, -1, -1, -1, width).reshape(batch, chunks, groups, -1, 1)
     before = []
-    for chunk in range(chunks):
+    # unbind, not indexing, whose backward pass would make a whole tensor of zeros for every chunk
+    for added_BGXN, kept_BGX1 in zip(states_BcGXN.unbind(1), kept_BcGX1.unbind(1), strict=True):
         before.append(state_BGXN)
-        state_BGXN = torch.addcmul(states_BcGXN[:, chunk], kept_BcGX1[:, chunk], state_BGXN)
+        state_BGXN = torch.addcmul(added_BGXN, kept_BGX1, state_BGXN)
     if initial_BHPN is not None or chunks > 1:
         before_BcGXN = torch.stack(before, dim=1).to(dtype)
         carried_BcGqX = C_BcGqN.to(dtype) @ before_BcGXN.transpose(-1, -2)

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from common.adamw8bit import STATE_BYTES
 from common.config import BatchConfig, OptimConfig, ParallelConfig, TrainerConfig
 from common.dry_run import activation_bytes, estimate, plan_memory, print_estimate
 from common.task import StepOutput, Task
@@ -129,3 +130,11 @@ def test_the_table_names_every_plan_and_its_total():
         [line] = [line for line in lines if line.split() and line.split()[0] == row.plan]
         assert line.split()[-1] == f"{row.total / 1e9:.2f}"
     assert not any("…" in line for line in lines)
+
+
+def test_8bit_states_are_a_quarter_and_only_of_plans_that_hold_whole_parameters():
+    whole = plan_memory("ddp", 2, 1, trainable=100_000)
+    small = plan_memory("ddp", 2, 1, trainable=100_000, optimizer_bytes=STATE_BYTES)
+    assert whole.optimizer == 800_000
+    assert small.optimizer == 203_125
+    assert whole.total - small.total == whole.optimizer - small.optimizer

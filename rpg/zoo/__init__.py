@@ -1,0 +1,1 @@
+"""Networks, data and recipes whose checkpoints the generators learn from."""

@@ -1,0 +1,227 @@
+"""Images to train and test classifiers on: CIFAR-10 and CIFAR-100, folders of images (ImageNet), the embedded digits.
+
+Training images are augmented, test images never are (a reported accuracy should not depend on luck). What is drawn for
+an image depends on (seed, epoch, index of the image) alone, so neither the number of loader workers nor a restart in
+the middle of an epoch changes a training.
+
+Dimensions: B images, H and W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.config import require_at_least, require_choice
+from common.errors import DataError
+from common.seeding import derive_seed, generator
+from rpg.zoo.digits import load_images
+
+DATASETS = ("cifar10", "cifar100", "folder", "digits")
+AUGMENTATIONS = ("none", "crop_flip", "autoaugment_cifar10", "randaugment")
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+"""Mean and standard deviation of each channel, by the name of ``data.statistics``."""
+
+TEST_FOLDERS = ("test", "val", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataSection:
+    """Options ``recipe.data.*``."""
+
+    name: Literal["cifar10", "cifar100", "folder", "digits"] = "cifar10"
+    root: str | None = "data/images"  # folder of the files; of name=folder: ROOT/train/CLASS/*.jpg and ROOT/test or val
+    download: bool = False  # fetch CIFAR if it is not in root
+    size: int = 32  # side in pixels after resizing
+    statistics: Literal["imagenet", "half", "cifar"] = "imagenet"  # mean and deviation that are taken out
+    augmentation: Literal["none", "crop_flip", "autoaugment_cifar10", "randaugment"] = "crop_flip"  # of training images
+    crop_padding: int | None = None  # pixels around an image that a random crop may reach; null: size / 8
+    limit_train: int | None = None  # use the first so many training images; null: all
+    limit_test: int | None = None
+    num_workers: int = 0  # loader processes; the result does not depend on them
+
+    def __post_init__(self) -> None:
+        require_choice("data.name", self.name, DATASETS)
+        require_choice("data.statistics", self.statistics, tuple(STATISTICS))
+        require_choice("data.augmentation", self.augmentation, AUGMENTATIONS)
+        require_at_least("data.size", self.size, 1)
+        require_at_least("data.num_workers", self.num_workers, 0)
+        for name in ("limit_train", "limit_test"):
+            if getattr(self, name) is not None:
+                require_at_least(f"data.{name}", getattr(self, name), 1)
+
+
+class Images:
+    """One split.
+
+    Attributes:
+        label_N: class of every image, int64.
+        class_names: of the data set.
+    """
+
+    def __init__(
+        self, source: Dataset, label_N: Tensor, class_names: Sequence[str], transform, limit: int | None
+    ) -> None:
+        self._source, self._transform = source, transform
+        self.label_N = label_N[:limit]
+        self.class_names = tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def image(self, index: int, seed: int | None = None) -> Tensor:
+        """One image (channels, H, W), float32; augmentations draw from ``seed``."""
+        raw = self._source[index][0]
+        if self._transform is None:
+            return raw
+        if seed is None:
+            return self._transform(raw)
+        # torchvision's transforms know no generator: seed the global one for this image, and put it back
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._transform(raw)
+
+
+class _Rows(Dataset):
+    """Addressed by (index, seed of its augmentations), which a batch sampler supplies."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, address: tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, seed = address
+        return self.images.image(index, seed), int(self.images.label_N[index])
+
+
+def load_split(section: ImageDataSection, split: Literal["train", "test"]) -> Images:
+    """The training images with their augmentation, or the test images without.
+
+    Raises: DataError if the files are not there, saying where they are expected.
+    """
+    limit = section.limit_train if split == "train" else section.limit_test
+    if section.name == "digits":
+        return _digits(split, limit)
+    source, label_N, class_names = _open_folder(section, split) if section.name == "folder" else _cifar(section, split)
+    if not len(label_N):
+        raise DataError(f"data.root={section.root}: there is no image in the {split} split.")
+    return Images(source, label_N, class_names, build_transform(section, augmented=split == "train"), limit)
+
+
+def build_transform(section: ImageDataSection, *, augmented: bool):
+    """Image file -> float32 tensor: resized, cropped, perhaps flipped and augmented, standardised."""
+    from torchvision import transforms
+
+    size = section.size
+    resize = transforms.Resize(size) if section.name == "folder" else transforms.Resize((size, size))
+    steps: list = [resize]
+    if augmented and section.augmentation != "none":
+        default = 0 if section.name == "folder" else size // 8
+        padding = default if section.crop_padding is None else section.crop_padding
+        steps += [transforms.RandomCrop(size, padding=padding or None), transforms.RandomHorizontalFlip()]
+        if section.augmentation == "autoaugment_cifar10":
+            steps.append(transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10))
+        elif section.augmentation == "randaugment":
+            steps.append(transforms.RandAugment())
+    else:
+        steps.append(transforms.CenterCrop(size))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*STATISTICS[section.statistics])])
+
+
+def _digits(split: str, limit: int | None) -> Images:
+    digits = load_images()
+    images_N1HW = digits.train_N1HW if split == "train" else digits.test_N1HW
+    label_N = digits.train_label_N if split == "train" else digits.test_label_N
+    return Images([(image,) for image in images_N1HW], label_N, [str(digit) for digit in range(10)], None, limit)
+
+
+def _cifar(section: ImageDataSection, split: str) -> tuple[Dataset, Tensor, Sequence[str]]:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if section.name == "cifar10" else datasets.CIFAR100
+    root = section.root or "data/images"
+    try:
+        source = kind(root, train=split == "train", download=section.download)
+    except RuntimeError:
+        remedy = "" if section.download else ", or set recipe.data.download=true"
+        raise DataError(
+            f"data.root={root}: {section.name} is not there or damaged; put its files there (folder "
+            f"{kind.base_folder}){remedy}."
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"data.root={root}: {section.name} cannot be downloaded ({error}); put its files (folder "
+            f"{kind.base_folder}) there yourself."
+        ) from None
+    return source, torch.tensor(source.targets), source.classes
+
+
+def _open_folder(section: ImageDataSection, split: str) -> tuple[Dataset, Tensor, Sequence[str]]:
+    from torchvision.datasets import ImageFolder
+
+    if section.root is None:
+        raise DataError("data.name=folder needs data.root=DIR with DIR/train/CLASS/*.jpg and DIR/test (or val).")
+    root = Path(section.root)
+    names = ("train",) if split == "train" else TEST_FOLDERS
+    found = [root / name for name in names if (root / name).is_dir()]
+    if not found:
+        raise DataError(
+            f"data.root={root}: there is no folder {' or '.join(names)} in it; images are expected as "
+            f"{root / names[0]}/CLASS/FILE.jpg."
+        )
+    try:
+        source = ImageFolder(str(found[0]))
+    except FileNotFoundError as error:
+        raise DataError(f"{found[0]}: {str(error).splitlines()[0]}") from None
+    return source, torch.tensor(source.targets), source.classes
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def steps_per_epoch(images: Images, batch_size: int) -> int:
+    """Whole batches of an epoch.
+
+    Raises: DataError if there is none.
+    """
+    steps = len(images) // batch_size
+    if not steps:
+        raise DataError(f"recipe.batch_size={batch_size} is more than the {len(images)} training images; lower it.")
+    return steps
+
+
+def epoch_batches(
+    images: Images, batch_size: int, *, seed: int, epoch: int, first: int = 0, num_workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole training batches (images (B, channels, H, W), classes (B)) of one epoch in random order.
+
+    Args:
+        seed, epoch: decide the order and the augmentations.
+        first: number of the first batch wanted; those before are not read.
+    """
+    order = torch.randperm(len(images), generator=generator(seed, "order", epoch)).tolist()
+    batches = [
+        [(index, derive_seed(seed, "augmentation", epoch, index)) for index in order[start : start + batch_size]]
+        for start in range(first * batch_size, len(order) - batch_size + 1, batch_size)
+    ]
+    yield from _load(images, batches, num_workers)
+
+
+def ordered_batches(images: Images, batch_size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in their order."""
+    rows = [(index, None) for index in range(len(images))]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    yield from _load(images, batches, num_workers)
+
+
+def _load(images: Images, batches: list, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from DataLoader(
+        _Rows(images), batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+    )
