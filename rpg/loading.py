@@ -134,6 +134,11 @@ def _load_folder(
     source: Path, description: Path, state: Mapping[str, Tensor], device: torch.device | str
 ) -> LoadedGenerator:
     described = _read_config(description / CONFIG_FILE)
+    if described.get("family") == "pdiff":
+        raise CheckpointError(
+            f"generator={source} is a p-diff baseline, not RPG; draw from it by python -m rpg.generate_pdiff "
+            f"generator={source}."
+        )
     config = read_generator_config(described["model"])
     facts = _read_facts(described["data"])
     codec = TokenCodec.from_folder(description / CODEC_FOLDER)

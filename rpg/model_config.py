@@ -59,7 +59,7 @@ class GeneratorConfig:
     norm: Literal["batch", "group", "none"] = "batch"  # of the denoiser
     diffusion_steps: int = 1000  # T
     beta: tuple[float, float] = (1e-4, 0.02)
-    prediction: Literal["noise", "x0", "v"] = "noise"  # what the denoiser puts out
+    prediction: Literal["noise", "x0", "v"] = "noise"  # what the denoiser puts out; x0 tends to one network
     min_snr_gamma: float | None = None  # weight of the loss over times; null: 1
 
     def __post_init__(self) -> None:

@@ -15,6 +15,23 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes; so is its gradient, because every process's loss depends on every summand."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
 class BatchNorm(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` with the same keys. In training the mean and variance are over the rows of all processes, and
     a recomputed forward pass does not update the running statistics a second time. All processes must hold equally many
@@ -33,14 +50,12 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x_RCD)
 
     def _over_processes(self, x_RCD: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce
-
         ranks = dist.get_world_size()
         with torch.autocast(x_RCD.device.type, enabled=False):
             x = x_RCD.float()
-            mean_C = all_reduce(x.mean(dim=(0, 2))) / ranks
+            mean_C = _SumOverProcesses.apply(x.mean(dim=(0, 2))) / ranks
             centred = x - mean_C[:, None]
-            variance_C = all_reduce(centred.square().mean(dim=(0, 2))) / ranks
+            variance_C = _SumOverProcesses.apply(centred.square().mean(dim=(0, 2))) / ranks
             if not in_backward():
                 self._update(mean_C.detach(), variance_C.detach(), ranks * x.shape[0] * x.shape[2])
             scale_C = torch.rsqrt(variance_C + self.eps) * self.weight

@@ -1,7 +1,8 @@
 """Networks drawn while a generator trains, and their tests, without holding up any process.
 
 Every process draws its share of the tokens of one network; the main process puts them together, writes the state dict
-and has it tested on a thread of its own. Results are logged when they are there; a test that fails is a line in the log.
+and has it tested on a thread of its own. Results are logged when they are there; a test that fails is a line in the
+log.
 
 Dimensions: L tokens, D values, P width of a prototype.
 """

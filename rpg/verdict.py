@@ -1,8 +1,9 @@
 """Are the generated networks copies? A verdict in sentences, from weights, errors and baselines.
 
-Three questions, each answered by a number and a threshold: does any network lie as near to an original as originals'
-neighbours do (weights); do networks err on the same samples as an original (behaviour); are they more accurate than
-noise-perturbed originals of the same similarity, and than the mean of all originals (usefulness)?
+Four questions, each answered by a number and a threshold: do the networks differ from one another (a generator of one
+good network is none); does any lie as near to an original as originals' neighbours do (weights); do they err on the same
+samples as an original (behaviour); are they more accurate than noise-perturbed originals of the same similarity, and
+than the mean of all originals (usefulness)?
 
 Source: the novelty study of the RPG paper; the baselines of Zeng et al. 2025, "Generative modeling of weights:
 generalization or memorization?".
@@ -89,6 +90,8 @@ def judge(
     if generated not in groups:
         return findings
     summary = groups[generated]
+    if summary.within is not None:
+        findings.append(_diversity(summary, groups[original]))
     if summary.similarity is not None:
         findings.append(_behaviour(summary, groups[original]))
     compared = compare_with_noise(summary, [groups[name] for name in noised if name in groups])
@@ -111,6 +114,16 @@ def _weights(nearest: Sequence[Nearest], spacing: Spacing) -> Finding:
     copies = sum(each.distance < limit for each in nearest)
     threshold = f">= {limit:.4g}; originals: nearest {spacing.neighbour:.4g}, mean pair {spacing.pair:.4g}"
     return Finding(claim, f"{measured}; {copies} of {len(nearest)} below the limit", threshold, copies == 0)
+
+
+def _diversity(generated: GroupSummary, originals: GroupSummary) -> Finding:
+    """A generator that always draws the same network passes every other test with ease."""
+    claim = "generated networks differ from one another more than an original from its nearest other one"
+    measured = f"IoU within {generated.within.value:.3f}"
+    if originals.similarity is None:
+        return Finding(claim, measured, "two originals are needed to judge", None)
+    threshold = f"< {originals.similarity.value:.3f}"
+    return Finding(claim, measured, threshold, generated.within.value < originals.similarity.value)
 
 
 def _behaviour(generated: GroupSummary, originals: GroupSummary) -> Finding:

@@ -36,10 +36,11 @@ def measured(values: Sequence[float]) -> str:
     return shown(mean_metric("mean", values))
 
 
-def shown(metric: Metric, digits: int = 4) -> str:
+def shown(metric: Metric) -> str:
     """Value and standard error."""
-    error = "" if metric.standard_error is None else f" ± {metric.standard_error:.{digits}f}"
-    return f"{metric.value:.{digits}f}{error}"
+    form = ".4f" if abs(metric.value) < 1e3 else ".3g"  # an untrained generator's distances are huge
+    error = "" if metric.standard_error is None else f" ± {metric.standard_error:{form}}"
+    return f"{metric.value:{form}}{error}"
 
 
 def summary_of(name: str, scores: Scores) -> GroupSummary:

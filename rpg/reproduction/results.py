@@ -84,7 +84,8 @@ def unconditional_parts(settings: Settings, results: Results, seed: int, first: 
     lines = [(draw.label, draw.steps, found) for draw, found in drawn]
     caption = (
         "One training: generated networks by sampler, and what they are compared with. IoU and distance: with the most "
-        "similar and the nearest original; of originals, with another one. Errors over networks."
+        "similar and the nearest original; of originals, with another one. Apart: mean distance of two networks of the "
+        "group. Errors over networks."
     )
     table = group_table("samplers", lines, baselines, caption=caption)
     shown = {label: found for label, _, found in lines}

@@ -3,7 +3,7 @@
 Every group of networks is scored alike: accuracy on the 1000 test digits, IoU of its errors with those of the most
 similar original, distance to the nearest original; a number per network, so that all errors can be computed from them.
 
-Letters: K originals, G networks of another group, N test images, V values.
+Letters: K originals, G networks of another group, N test images, V values of a network.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common.seeding import generator
 from rpg.baselines import interpolations, mean_state, perturb
@@ -39,7 +40,8 @@ class Originals:
         """Accuracy, IoU with the most similar original and distance to the nearest one, a number per network."""
         listed = list(states)
         wrong_GN = self.wrong_KN if are_originals else wrong_of(listed)
-        distance_GK = pairwise_distances(values_of(listed, self.sample), self.values_KV)
+        values_GV = values_of(listed, self.sample)
+        distance_GK = pairwise_distances(values_GV, self.values_KV)
         if are_originals:  # of an original: the others
             distance_GK.fill_diagonal_(torch.inf)
         similarity_G = largest_iou(iou_matrix(wrong_GN, self.wrong_KN), same_group=are_originals)
@@ -47,8 +49,17 @@ class Originals:
             "accuracy": (1 - wrong_GN.double().mean(1)).tolist(),
             "similarity": similarity_G.tolist(),
             "distance": distance_GK.min(1).values.tolist(),
+            "apart": mean_pair(values_GV),
             "nearest": [str(self.names[place]) for place in distance_GK.argmin(1).tolist()],
         }
+
+
+def mean_pair(values_GV: Tensor) -> float | None:
+    """Mean distance of two networks of a group, None for one: near 0 for a generator that always draws the same."""
+    count = len(values_GV)
+    if count < 2:
+        return None
+    return float(pairwise_distances(values_GV, values_GV).triu(1).sum() / (count * (count - 1) / 2))
 
 
 def noise_name(level: float) -> str:

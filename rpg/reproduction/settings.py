@@ -57,6 +57,7 @@ UNCONDITIONAL = Arm(
     name="digits",
     label="one trajectory",
     collection=DIGITS,
+    steps=2500,
     draws=(
         TRAILING,
         Draw(name="trailing100", steps=100),

@@ -11,7 +11,7 @@ from rpg.tasks import HELD_OUT_TASKS
 Scores = Mapping[str, Sequence]
 GROUP_COLUMNS = [
     "networks", "how many", "evaluations", "accuracy", "min", "max", "largest IoU with an original",
-    "distance to nearest original", "seconds per network",
+    "distance to nearest original", "apart", "seconds each",
 ]  # fmt: skip
 
 
@@ -20,7 +20,8 @@ def group_row(label: str, scores: Scores, evaluations: int | None = None) -> lis
     accuracy = scores["accuracy"]
     return [
         label, len(accuracy), evaluations, measured(accuracy), f"{min(accuracy):.3f}", f"{max(accuracy):.3f}",
-        measured(scores["similarity"]), measured(scores["distance"]), scores.get("seconds"),
+        measured(scores["similarity"]), measured(scores["distance"]), scores["apart"],
+        scores.get("seconds"),
     ]  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Distances in weight space, nearest originals, and the verdict on copies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.errors import DataError
-from common.evaluation.metric import mean_metric
+from common.evaluation.metric import Metric, mean_metric
 from rpg.novelty import GroupSummary, summarize_accuracy
 from rpg.similarity import (
     Nearest,
@@ -162,3 +164,13 @@ def test_nothing_is_claimed_where_nothing_can_be_known():
     findings = judge([], Spacing(0.1, 1), unlike, original="original", generated="generated", noised=["noise 0.1"])
     assert [each.passed for each in findings] == [True, None, False]
     assert mean_metric("x", [1.0]).standard_error is None
+
+
+def test_a_generator_of_one_network_is_told_apart():
+    within = Metric("within", 1.0, None)
+    same = {**GROUPS, "generated": replace(summary("generated", [0.97, 0.97], [0.8, 0.8]), within=within)}
+    (finding, *_) = judge([], Spacing(0.1, 1), same, original="original", generated="generated")
+    assert finding.claim.startswith("generated networks differ") and finding.passed is False
+    varied = {**GROUPS, "generated": replace(same["generated"], within=Metric("within", 0.5, None))}
+    (finding, *_) = judge([], Spacing(0.1, 1), varied, original="original", generated="generated")
+    assert finding.passed is True
