@@ -4,10 +4,10 @@
 
 The released scheme runs the recurrent stack for all tokens of all 8 networks of a batch and trains on 512 of them; ours
 (``training.stacking=shared``) runs it once for the state that the networks share and trains on as many tokens. Both are
-the same code with another option, both make a whole optimizer step (forward, backward, AdamW). Width and values per token
-are 1024, networks have 512 tokens; two denoisers: the small one of our examples, and the paper's, whose convolutions
-weigh more the narrower the stack is. "Loss" is the mean over the last 150 of 450 steps on checkpoints of small digit
-classifiers, three seeds each.
+the same code with another option, both make a whole optimizer step (forward, backward, AdamW). Width and values per
+token are 1024, networks have 512 tokens; two denoisers: the small one of our examples, and the paper's, whose
+convolutions weigh more the narrower the stack is. "Loss" is the mean over the last 150 of 450 steps on checkpoints of
+small digit classifiers, three seeds each.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 from benchmarks.processes import interleaved
 from common.config import BatchConfig, OptimConfig, TrackingConfig, TrainerConfig
 from common.data.loader import build_train_loader
-from common.trainer import fit
 from common.tracking import read_records
+from common.trainer import fit
 from rpg.codec import TokenCodec
 from rpg.model import build_generator
 from rpg.model_config import GeneratorConfig
@@ -59,8 +59,8 @@ def build_step(channels: tuple[int, ...], *, shared: bool, rows: int = ROWS) -> 
     model = build_generator(config, codec)
     task = GeneratorTask(
         config, build=lambda: model, tokens=RandomTokens(),
-        sources=find_sources(torch.zeros(BATCH, dtype=torch.int64), None, use_states=True), valid_L=codec.valid_L, seed=0,
-        tokens_per_network=rows // batch, shared=shared,
+        sources=find_sources(torch.zeros(BATCH, dtype=torch.int64), None, use_states=True),
+        valid_L=codec.valid_L, seed=0, tokens_per_network=rows // batch, shared=shared,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     numbers = iter(range(10**9))

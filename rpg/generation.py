@@ -121,6 +121,7 @@ def _draw(
                 tokens=tokens,
                 rows_per_pass=rows_per_pass,
                 null_prototypes_nLP=null,
+                valid_L=loaded.codec.valid_L,
             )
     except RuntimeError as error:
         if "not finite" not in str(error):

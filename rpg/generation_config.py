@@ -26,6 +26,7 @@ class SamplingOverrides:
     eta: float | None = None  # share of fresh noise of trailing and ddim
     grid: str | None = None  # linear|quadratic, of ddim
     churn: float | None = None  # of heun
+    padding: str | None = None  # zero or free
     guidance: float | None = None  # classifier-free guidance; 1: none
 
     def over(self, sampler: SamplerConfig) -> SamplerConfig:

@@ -22,6 +22,7 @@ from rpg import samplers
 from rpg.model import Generator
 
 NOISE_BLOCK = 16  # tokens that share a stream of noise
+PADDINGS = ("zero", "free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,13 @@ class SamplerConfig:
     grid: Literal["linear", "quadratic"] = "linear"  # of ddim
     churn: float = 0.5  # of heun: growth of the noise level before each step
     guidance: float = 1.0  # classifier-free guidance; 1: none
+    # positions without a value: zero holds them at the 0 that they had in training, free lets them drift (released)
+    padding: Literal["zero", "free"] = "zero"
 
     def __post_init__(self) -> None:
         require_choice("sampling.kind", self.kind, samplers.KINDS)
         require_choice("sampling.grid", self.grid, samplers.GRIDS)
+        require_choice("sampling.padding", self.padding, PADDINGS)
         require_at_least("sampling.steps", self.steps, 1)
         for name in ("eta", "churn", "guidance"):
             require_at_least(f"sampling.{name}", getattr(self, name), 0)
@@ -62,6 +66,7 @@ def sample_tokens(
     tokens: range | None = None,
     rows_per_pass: int = 512,
     null_prototypes_nLP: Tensor | None = None,
+    valid_L: Tensor | None = None,
     hoist: bool = True,
 ) -> Tensor:
     """``(n, len(tokens), D)`` float32 tokens of n networks.
@@ -74,6 +79,7 @@ def sample_tokens(
         tokens: the part of the sequence to draw, beginning at a multiple of 16; None: all.
         rows_per_pass: rows in the denoiser at a time, rounded down to a multiple of 16.
         null_prototypes_nLP: without condition, for ``sampler.guidance``.
+        valid_L: values in each token (``TokenCodec.valid_L``), for ``sampler.padding="zero"``; None: all.
         hoist: False computes the projections in every evaluation, as the released code does.
 
     Raises: ConfigError for steps beyond those trained, or guidance without ``null_prototypes_nLP``.
@@ -92,7 +98,10 @@ def sample_tokens(
         rows_RP = torch.cat([prototypes_nLP[network, part] for network, part in blocks])
         null_RP = None if null is None else torch.cat([null[network, part] for network, part in blocks])
         noise = RowNoise([(seeds[network], part) for network, part in blocks], out_nLD.shape[2], rows_RP.device)
-        predict = NoisePrediction(model, rows_RP, null_RP, sampler.guidance, hoist=hoist)
+        predict: samplers.Predict = NoisePrediction(model, rows_RP, null_RP, sampler.guidance, hoist=hoist)
+        if valid_L is not None and sampler.padding == "zero":
+            valid_R = torch.cat([valid_L[part] for _, part in blocks]).to(rows_RP.device)
+            predict = held_at_zero(predict, valid_R, model.diffusion.abar_T.tolist())
         last = run_sampler(predict, noise.start(), model, sampler, noise)
         first = 0
         for network, part in blocks:
@@ -158,6 +167,21 @@ class NoisePrediction:
             return denoiser(x_RD, torch.full((len(x_RD),), t, device=x_RD.device), condition)
         time_1D = denoiser.time_embedder(torch.full((1,), t, device=x_RD.device))
         return denoiser.denoise(x_RD, time_1D, condition)
+
+
+def held_at_zero(predict: samplers.Predict, valid_R: Tensor, abar: Sequence[float]) -> samplers.Predict:
+    """The prediction under which padding is clean zero plus noise, as it always was in training.
+
+    No loss ever told the network what to predict there; left to itself it drifts away from what the convolutions of
+    the values beside it have learned to see.
+    """
+
+    def held(x_RD: Tensor, t: int) -> Tensor:
+        eps_RD = predict(x_RD, t)
+        is_value_RD = torch.arange(x_RD.shape[1], device=x_RD.device) < valid_R[:, None]
+        return torch.where(is_value_RD, eps_RD, x_RD / (1 - abar[t]) ** 0.5)
+
+    return held
 
 
 class RowNoise:

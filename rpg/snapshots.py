@@ -79,6 +79,7 @@ class Snapshots:
             [derive_seed(seed, "snapshot", state.step)],
             self.config.sampling,
             tokens=mine,
+            valid_L=self.data.codec.valid_L,
             null_prototypes_nLP=model.prototypes(state_1, None) if guided else None,
         )[0]
         name = ""

@@ -1,9 +1,9 @@
 """Are the generated networks copies? A verdict in sentences, from weights, errors and baselines.
 
 Four questions, each answered by a number and a threshold: do the networks differ from one another (a generator of one
-good network is none); does any lie as near to an original as originals' neighbours do (weights); do they err on the same
-samples as an original (behaviour); are they more accurate than noise-perturbed originals of the same similarity, and
-than the mean of all originals (usefulness)?
+good network is none); does any lie as near to an original as originals' neighbours do (weights); do they err on the
+same samples as an original (behaviour); are they more accurate than noise-perturbed originals of the same similarity,
+and than the mean of all originals (usefulness)?
 
 Source: the novelty study of the RPG paper; the baselines of Zeng et al. 2025, "Generative modeling of weights:
 generalization or memorization?".

@@ -11,8 +11,8 @@ PAPERS = ("rpg", "mup_dit", "radd", "diffullama", "logah")
 ENTRY_POINTS = {"train", "evaluate", "generate", "predict", "reproduce"}
 OWN_ENTRY_POINTS = {
     "rpg": {
-        "check", "collect", "commonsense", "convert", "export", "extract_conditions", "finetune", "generate_pdiff", "memory", "prompt",
-        "test_network", "train_pdiff",
+        "check", "collect", "commonsense", "convert", "export", "extract_conditions", "finetune",
+        "generate_pdiff", "memory", "prompt", "test_network", "train_pdiff",
     },
 }  # fmt: skip
 CROSS_PAPER_IMPORTS: dict[str, str] = {}  # file -> reason written beside the import; today there is none

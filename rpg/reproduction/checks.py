@@ -96,6 +96,12 @@ def novelty_checks(
             passed=min(drawn["distance"]) >= limit,
         ),
         Check(
+            claim=f"generated networks differ from one another{suffix}",
+            measured=f"mean distance of a pair {drawn['apart']:.3f}",
+            threshold=f">= {limit:.3f} ({COPY_STEPS:g} steps of training)",
+            passed=drawn["apart"] >= limit,
+        ),
+        Check(
             claim=f"errors differ from any original's more than those of perturbed originals{suffix}",
             measured=f"mean of the largest IoU {measured(drawn['similarity'])}",
             threshold=f"< {noise_similarity:.4f} ({noise})",

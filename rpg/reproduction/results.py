@@ -15,7 +15,6 @@ from rpg.reproduction.settings import (
     SEEDS,
     STATES,
     TASKS,
-    UNCONDITIONAL,
     Arm,
     Draw,
     Settings,
@@ -54,16 +53,13 @@ def seed_checks(settings: Settings, results: Results, seed: int, suffix: str, fi
     """
     checks = []
     arms = {arm.name: arm for arm in settings.arms}
-    if UNCONDITIONAL.name in arms:
-        arm = arms[UNCONDITIONAL.name]
+    for arm in settings.arms_of(DIGITS):
         baselines = results[names.baselines(DIGITS, first)]
         drawn = {draw.name: found for draw, found in draws_of(arm, results, seed)}
-        for draw in arm.draws:
-            if draw.kind == "trailing" and draw.eta == 1:
-                checks += quality_checks(drawn[draw.name], baselines[ORIGINALS], draw.label, suffix)
+        few, which = arm.draws[0], f" ({arm.label}){suffix}"
+        checks += quality_checks(drawn[few.name], baselines[ORIGINALS], few.label, which)
         consecutive = results[names.collected(DIGITS, first)]["consecutive"]
-        few = arm.draws[0]
-        checks += novelty_checks(settings, drawn[few.name], baselines, consecutive, suffix)
+        checks += novelty_checks(settings, drawn[few.name], baselines, consecutive, which)
         checks += [evaluations_check(few, draw, drawn, suffix) for draw in arm.draws if draw.kind == "ddpm"]
     if STATES.name in arms and NO_STATE.name in arms:
         first_draws = [
@@ -78,10 +74,12 @@ def seed_checks(settings: Settings, results: Results, seed: int, suffix: str, fi
 
 def unconditional_parts(settings: Settings, results: Results, seed: int, first: int) -> tuple[list[Table], list]:
     """Tables and figures of the first experiment."""
-    (arm,) = settings.arms_of(DIGITS)
     baselines = results[names.baselines(DIGITS, first)]
-    drawn = draws_of(arm, results, seed)
-    lines = [(draw.label, draw.steps, found) for draw, found in drawn]
+    lines = [
+        (f"{arm.label}; {draw.label}", draw.steps, found)
+        for arm in settings.arms_of(DIGITS)
+        for draw, found in draws_of(arm, results, seed)
+    ]
     caption = (
         "One training: generated networks by sampler, and what they are compared with. IoU and distance: with the most "
         "similar and the nearest original; of originals, with another one. Apart: mean distance of two networks of the "

@@ -44,7 +44,8 @@ class Arm:
     steps: int = 1500
     batch_size: int = 8
     diffusion_batch: int = 128
-    lr: float = 1e-3
+    lr: float = 3e-3
+    prediction: str = "noise"  # what the denoiser puts out: noise, x0 or v
     draws: tuple[Draw, ...] = (TRAILING,)
 
     @property
@@ -55,7 +56,7 @@ class Arm:
 
 UNCONDITIONAL = Arm(
     name="digits",
-    label="one trajectory",
+    label="per layer",
     collection=DIGITS,
     steps=2500,
     draws=(
@@ -66,14 +67,20 @@ UNCONDITIONAL = Arm(
         Draw(name="ddpm1000", kind="ddpm", steps=1000, networks=6),
     ),
 )
+RESIDUAL = Arm(name="digits-residual", label="residual", collection=DIGITS, normalisation="residual", steps=1000)
 STATES = Arm(
-    name="states", label="one permutation state per seed", collection=SEEDS, groups="seed", draws=(TRAILING, REFERENCE)
+    name="states",
+    label="one permutation state per seed",
+    collection=SEEDS,
+    groups="seed",
+    steps=3000,
+    draws=(TRAILING, REFERENCE),
 )
-NO_STATE = Arm(name="no-state", label="no permutation state", collection=SEEDS, groups="none")
+NO_STATE = Arm(name="no-state", label="no permutation state", collection=SEEDS, groups="none", steps=500)
 STATE_PER_FILE = Arm(name="state-per-file", label="one state per checkpoint", collection=SEEDS, groups="file")
 CONDITIONAL = Arm(
     name="tasks",
-    label="full condition, residual",
+    label="full condition, residual, x0 prediction",
     collection=TASKS,
     groups="none",
     condition="full",
@@ -81,9 +88,15 @@ CONDITIONAL = Arm(
     batch_size=16,
     diffusion_batch=192,
     lr=2e-3,
+    prediction="x0",
 )
 PER_LAYER = replace(
-    CONDITIONAL, name="tasks-layer", label="full condition, per layer", normalisation="layer", steps=2500
+    CONDITIONAL,
+    name="tasks-layer",
+    label="full condition, per layer, noise prediction",
+    normalisation="layer",
+    prediction="noise",
+    steps=2500,
 )
 GATED = replace(
     PER_LAYER, name="tasks-gated", label="gated, all tokens, per layer", condition="gated", gate=("*",), steps=2000
@@ -109,7 +122,7 @@ class Settings:
     d_state: int = 32
     channels: tuple[int, ...] = (1, 16, 32, 16, 1)
     d_condition: int = 128
-    arms: tuple[Arm, ...] = (UNCONDITIONAL, STATES, NO_STATE, CONDITIONAL)
+    arms: tuple[Arm, ...] = (UNCONDITIONAL, RESIDUAL, STATES, NO_STATE, CONDITIONAL)
     # Scoring
     noise_levels: tuple[float, ...] = (0.02, 0.05, 0.1)
     noised: int = 30  # originals perturbed at each level
@@ -151,6 +164,7 @@ FULL = replace(
             UNCONDITIONAL,
             draws=tuple(replace(draw, networks=20) for draw in UNCONDITIONAL.draws),
         ),
+        RESIDUAL,
         STATES,
         NO_STATE,
         STATE_PER_FILE,

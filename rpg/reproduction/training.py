@@ -23,6 +23,7 @@ def train_config(settings: Settings, arm: Arm, *, seed: int, run_dir: str, folde
         "d_model": settings.dim_per_token,
         "d_state": settings.d_state,
         "channels": settings.channels,
+        "prediction": arm.prediction,
     }
     if arm.condition != "none":
         model |= {"condition": arm.condition, "d_condition": settings.d_condition, "gate": arm.gate}

@@ -114,6 +114,18 @@ def test_hoisted_projections_change_nothing():
     torch.testing.assert_close(sample_tokens(model, prototypes, [1], sampler, hoist=False), with_hoist)
 
 
+def test_padding_is_held_at_zero_and_values_are_free():
+    model, valid_L = generator(kernel_size=1).eval(), torch.full((37,), 12)
+    valid_L[5] = 7
+    sampler = SamplerConfig(steps=6)
+    held = sample_tokens(model, model.prototypes(), [1], sampler, valid_L=valid_L)[0]
+    assert held[5, 7:].abs().max() < 1e-5
+    free = sample_tokens(model, model.prototypes(), [1], SamplerConfig(steps=6, padding="free"), valid_L=valid_L)[0]
+    assert free[5, 7:].abs().max() > 1e-3
+    torch.testing.assert_close(held[5, :7], free[5, :7])  # with a kernel of one value nothing is seen of the padding
+    torch.testing.assert_close(held[6:], free[6:])
+
+
 def test_shares_of_tokens_are_whole_blocks_that_cover_everything():
     for count, processes in ((37, 2), (16, 4), (200, 3)):
         shares = token_shares(count, processes)

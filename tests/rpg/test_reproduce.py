@@ -21,6 +21,7 @@ from rpg.reproduction.settings import (
     FULL,
     GATED_LAST,
     NO_STATE,
+    RESIDUAL,
     SMALL,
     STATE_PER_FILE,
     STATES,
@@ -57,7 +58,7 @@ TINY = dataclasses.replace(
     d_state=8,
     channels=(1, 2, 4, 2, 1),
     d_condition=8,
-    arms=tuple(map(short, (UNCONDITIONAL, STATES, NO_STATE, CONDITIONAL))),
+    arms=tuple(map(short, (UNCONDITIONAL, RESIDUAL, STATES, NO_STATE, CONDITIONAL))),
 )
 
 
@@ -93,12 +94,13 @@ def test_generators_are_those_of_the_paper_at_small_size(tmp_path: Path):
 # ---------------------------------------------------------------- checks
 
 
-def group(accuracy: float, similarity: float = 0.7, distance: float = 0.4) -> dict:
+def group(accuracy: float, similarity: float = 0.7, distance: float = 0.4, apart: float = 0.5) -> dict:
     """Scores of three networks around these means."""
     return {
         "accuracy": [accuracy - 0.002, accuracy, accuracy + 0.002],
         "similarity": [similarity - 0.01, similarity, similarity + 0.01],
         "distance": [distance, distance, distance],
+        "apart": apart,
     }
 
 
@@ -125,8 +127,9 @@ def test_quality_is_judged_by_mean_and_worst_network():
     [
         (group(0.9651, 0.735), []),
         (group(0.9651, 0.735, distance=0.04), [0]),  # a copy
-        (group(0.9651, 0.93), [1, 2]),  # errs like an original, and is read beyond the noise curve
-        (group(0.9540, 0.735), [2]),  # no better than noise
+        (group(0.9651, 0.735, apart=0.0), [1]),  # always the same network
+        (group(0.9651, 0.93), [2, 3]),  # errs like an original, and is read beyond the noise curve
+        (group(0.9540, 0.735), [3]),  # no better than noise
     ],
 )
 def test_novelty_is_judged_by_distance_errors_and_noise(drawn: dict, failed: list[int]):
@@ -186,7 +189,7 @@ def test_tiny_reproduction_writes_every_table_and_figure(finished: Path):
     for stem in ("similarity", "samplers", "states", "tasks", "training"):
         assert {f"{stem}.png", f"{stem}-dark.png"} <= files
     section = load_section(finished)
-    assert len(section.checks) == 2 + 3 + 3 + 3
+    assert len(section.checks) == 2 * (2 + 4) + 3 + 3
     assert str(finished) not in (finished / "section.html").read_text()
 
 
@@ -230,7 +233,7 @@ def test_arms_of_the_full_run_and_seeds_reach_the_section(tmp_path: Path, monkey
     reproduce(REPRODUCTION, tmp_path / "out", settings, [0, 1], processes=0)
     section = load_section(tmp_path / "out")
     assert "seeds" in [table.name for table in section.tables]
-    assert sum("(seed 1)" in check.claim for check in section.checks) == 11
+    assert sum("(seed 1)" in check.claim for check in section.checks) == 12
     states = next(table for table in section.tables if table.name == "states")
     assert any(row[0].startswith("one state per checkpoint") for row in states.rows)
 
