@@ -34,7 +34,7 @@ _NAME = re.compile(
     r"(?:_(?P<condition>class|seed)(?P<value>\d{4,}))?"
     r"_(?P<tag>[^/]+?)(?P<suffix>\.(?:pth|pt|safetensors))?"
 )
-_TASK_IN_NAME = re.compile(r"(?:^|_)class(\d{4,})(?=[_.]|$)")
+_TASK_IN_NAME = re.compile(r"(?:^|[_-])class(\d{4,})(?=[_.-]|$)")
 
 
 def require_task(task: int, option: str = "task") -> int:

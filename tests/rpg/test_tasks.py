@@ -99,3 +99,8 @@ def test_focal_loss_of_sure_answers_has_finite_gradients():
     logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
     focal_loss(logits, torch.tensor([0, 0])).backward()
     assert logits.grad.isfinite().all() and logits.grad[0].abs().max() == 0
+
+
+def test_the_task_is_found_in_labels_made_of_file_names():
+    assert task_in_name("generated_digits_0001-acc0.9650-class0314-tasks_001.pth") == 314
+    assert task_in_name("generated_subclass0314_001.pth") is None
