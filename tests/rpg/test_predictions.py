@@ -125,9 +125,9 @@ def test_ensembles_need_logits_and_one_question(tmp_path):
 
 
 def test_peak_memory_sees_what_was_freed_before_the_end():
-    with peak_memory("cpu") as peak:
-        # pages of its own: an allocation of torch may find room that the process holds already
-        with mmap.mmap(-1, 64 << 20) as block:
-            block.write(b"1" * len(block))
-            time.sleep(0.1)
+    # pages of its own: an allocation of torch may find room that the process holds already
+    with peak_memory("cpu") as peak, mmap.mmap(-1, 64 << 20) as block:
+        for _ in range(64):
+            block.write(bytes([1]) * (1 << 20))
+        time.sleep(0.1)
     assert 0.06 < peak.added_gigabytes < 2 and peak.gigabytes > peak.added_gigabytes
