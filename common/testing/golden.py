@@ -5,6 +5,7 @@ every random number that the reference would draw) and ``out_*`` arrays (what it
 """
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Collection, Mapping
@@ -124,6 +125,36 @@ def load_cases(paper: str, folder: str | Path = DEFAULT_GOLDEN_DIR) -> dict[str,
                 arrays = {key: archive[key] for key in archive.files}
         cases[name] = Case(name, entry, entry.get("config") or {}, arrays)
     return cases
+
+
+def assert_outputs_agree(case: Case, outputs: Mapping[str, object]) -> None:
+    """Every frozen array is computed and agrees, and so does what else was computed and stands in the description."""
+    compared = 0
+    for name in case.outputs:
+        assert name in outputs, f"{case.name}: {name} is not computed"
+        case.check(name, outputs[name])
+        compared += 1
+    for name in outputs.keys() - case.outputs.keys():
+        if name in case.raw:
+            assert_agrees(outputs[name], case.raw[name], f"{case.name}.{name}")
+            compared += 1
+    assert compared, f"{case.name}: nothing was compared"
+
+
+def assert_agrees(found: object, expected: object, where: str) -> None:
+    """Equal up to rounding; a mapping may leave out what describes a case rather than results from it."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            assert key in expected, f"{where}: {key} is no key of the case"
+            assert_agrees(value, expected[key], f"{where}.{key}")
+    elif isinstance(found, list | tuple):
+        assert len(found) == len(expected), f"{where}: {len(found)} entries, expected {len(expected)}"
+        for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert_agrees(value, wanted, f"{where}[{index}]")
+    elif isinstance(found, float) and expected is not None:
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6), f"{where}: {found}, expected {expected}"
+    else:
+        assert found == expected, f"{where}: {found!r}, expected {expected!r}"
 
 
 def fill_values(key: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
