@@ -93,15 +93,18 @@ def sample_tokens(
     if sampler.guidance != 1 and null_prototypes_nLP is None:
         raise ConfigError("sampling.guidance needs a conditional generator; use sampling.guidance=1.")
     null = None if sampler.guidance == 1 else null_prototypes_nLP.expand(len(seeds), -1, -1)
+    times: dict[int, Tensor] = {}  # embeddings of times, which all passes share
     out_nLD = torch.empty(len(seeds), len(tokens), model.config.dim_per_token)
     for blocks in _passes(len(seeds), tokens, rows_per_pass):
         rows_RP = torch.cat([prototypes_nLP[network, part] for network, part in blocks])
         null_RP = None if null is None else torch.cat([null[network, part] for network, part in blocks])
         noise = RowNoise([(seeds[network], part) for network, part in blocks], out_nLD.shape[2], rows_RP.device)
-        predict: samplers.Predict = NoisePrediction(model, rows_RP, null_RP, sampler.guidance, hoist=hoist)
+        predict: samplers.Predict = NoisePrediction(
+            model, rows_RP, null_RP, sampler.guidance, times=times if hoist else None
+        )
         if valid_L is not None and sampler.padding == "zero":
             valid_R = torch.cat([valid_L[part] for _, part in blocks]).to(rows_RP.device)
-            predict = held_at_zero(predict, valid_R, model.diffusion.abar_T.tolist())
+            predict = held_at_zero(predict, valid_R, out_nLD.shape[2], model.diffusion.abar_T.tolist())
         last = run_sampler(predict, noise.start(), model, sampler, noise)
         first = 0
         for network, part in blocks:
@@ -143,15 +146,25 @@ def chain(
 
 
 class NoisePrediction:
-    """The model's noise prediction for fixed rows, called with (x_RD, t)."""
+    """The model's noise prediction for fixed rows, called with (x_RD, t).
+
+    Args:
+        times: embeddings of times made so far, kept for later calls; None projects prototypes and times in every call.
+    """
 
     def __init__(
-        self, model: Generator, prototypes_RP: Tensor, null_RP: Tensor | None, guidance: float, *, hoist: bool = True
+        self,
+        model: Generator,
+        prototypes_RP: Tensor,
+        null_RP: Tensor | None,
+        guidance: float,
+        *,
+        times: dict[int, Tensor] | None,
     ) -> None:
-        self.model, self.guidance, self.hoist = model, guidance, hoist
+        self.model, self.guidance, self.times = model, guidance, times
         self.abar = model.diffusion.abar_T.tolist()
         self.conditions = [prototypes_RP] + ([] if null_RP is None else [null_RP])
-        if hoist:
+        if times is not None:
             self.conditions = [model.denoiser.condi_embedder(rows) for rows in self.conditions]
 
     def __call__(self, x_RD: Tensor, t: int) -> Tensor:
@@ -163,23 +176,24 @@ class NoisePrediction:
 
     def _output(self, x_RD: Tensor, t: int, condition: Tensor) -> Tensor:
         denoiser = self.model.denoiser
-        if not self.hoist:
+        if self.times is None:
             return denoiser(x_RD, torch.full((len(x_RD),), t, device=x_RD.device), condition)
-        time_1D = denoiser.time_embedder(torch.full((1,), t, device=x_RD.device))
-        return denoiser.denoise(x_RD, time_1D, condition)
+        if t not in self.times:
+            self.times[t] = denoiser.time_embedder(torch.full((1,), t, device=x_RD.device))
+        return denoiser.denoise(x_RD, self.times[t], condition)
 
 
-def held_at_zero(predict: samplers.Predict, valid_R: Tensor, abar: Sequence[float]) -> samplers.Predict:
+def held_at_zero(predict: samplers.Predict, valid_R: Tensor, size: int, abar: Sequence[float]) -> samplers.Predict:
     """The prediction under which padding is clean zero plus noise, as it always was in training.
 
     No loss ever told the network what to predict there; left to itself it drifts away from what the convolutions of
     the values beside it have learned to see.
     """
 
+    is_value_RD = torch.arange(size, device=valid_R.device) < valid_R[:, None]
+
     def held(x_RD: Tensor, t: int) -> Tensor:
-        eps_RD = predict(x_RD, t)
-        is_value_RD = torch.arange(x_RD.shape[1], device=x_RD.device) < valid_R[:, None]
-        return torch.where(is_value_RD, eps_RD, x_RD / (1 - abar[t]) ** 0.5)
+        return torch.where(is_value_RD, predict(x_RD, t), x_RD / (1 - abar[t]) ** 0.5)
 
     return held
 

@@ -48,13 +48,15 @@ def find_sources(group_K: Tensor, condition_KE: Tensor | None, *, use_states: bo
     ]
     numbers: dict[tuple, int] = {}
     source_K = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
-    first_S = torch.tensor([keys.index(key) for key in numbers])
-    size_S = torch.bincount(source_K, minlength=len(numbers))
+    size_S = torch.bincount(source_K)
+    members_K = torch.argsort(source_K, stable=True)
+    start_S = size_S.cumsum(0) - size_S
+    first_S = members_K[start_S]
     return Sources(
         source_K=source_K,
         state_S=group_K[first_S] if use_states else None,
         condition_SE=None if condition_KE is None else condition_KE[first_S],
-        start_S=size_S.cumsum(0) - size_S,
+        start_S=start_S,
         size_S=size_S,
-        members_K=torch.argsort(source_K, stable=True),
+        members_K=members_K,
     )

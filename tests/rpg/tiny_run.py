@@ -10,7 +10,6 @@ from rpg.checkpoint_files import write_checkpoint
 from rpg.config import TrainConfig, TrainingConfig
 from rpg.data import DataSection
 from rpg.sampling import SamplerConfig
-from rpg.testing import TesterSection
 
 MODEL: dict[str, Any] = {
     "d_model": 16, "d_state": 8, "headdim": 8, "channels": [1, 4, 8, 4, 1], "kernel_size": 3, "diffusion_steps": 40,
@@ -61,6 +60,3 @@ def run_config(run_dir: Path, checkpoints: Path, **changes: Any) -> TrainConfig:
         tracking=TrackingConfig(progress=False),
         **changes,
     )
-
-
-__all__ = ["MODEL", "TesterSection", "plain_folder", "run_config", "task_folder", "write_folder"]
