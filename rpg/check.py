@@ -44,7 +44,8 @@ def run(config: CheckConfig) -> int:
         print(f"note: {note}")
     for problem in report.problems:
         print(f"problem: {problem}")
-    print(f"{len(report.problems)} problems" if report.problems else "no problem: a generator can be trained on these")
+    count = len(report.problems)
+    print(f"{count} problem{'' if count == 1 else 's'}" if count else "no problem: a generator can be trained on these")
     if config.output is not None:
         write_atomically(Path(config.output), json.dumps(report.to_json(), indent=1).encode())
     return cli.EXIT_USAGE if report.problems else 0
