@@ -7,7 +7,7 @@ sees a ``DictConfig``. All step counts are optimizer steps.
 import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import ConfigError
 
@@ -197,3 +197,44 @@ class TrainerConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); null switches the moving average off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the options of every training run begin with; a paper's ``TrainConfig`` adds its own."""
+
+    name: str
+    run_dir: str  # one folder per run; the same folder again continues the run
+    seed: int = 0
+    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
+    deterministic: bool = False  # only deterministic kernels; slower on GPUs
+    allow_config_change: bool = False  # continue a run although its options differ from the saved ones
+    dry_run: bool = False  # print parameters, operations and memory; train nothing
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
+    checkpoint: KeepConfig = field(default_factory=KeepConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least("seed", self.seed, 0)
+        require_choice("precision", self.precision, PRECISIONS)
+        if not self.run_dir:
+            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
+        if self.ngpus is not None:
+            require_at_least("ngpus", self.ngpus, 1)
+
+    def engine_config(self, *, save_steps: int, **options: Any) -> TrainerConfig:
+        """What the engine needs: these options, and those of ``TrainerConfig`` that only the paper knows.
+
+        Args:
+            save_steps: between resumable checkpoints.
+            options: ``total_steps``, ``batch``, ``ema_decay`` and others; they win over the run's own.
+        """
+        kept = self.checkpoint
+        checkpoint = CheckpointConfig(interval_steps=save_steps, keep_last=kept.keep_last, keep_every=kept.keep_every)
+        shared = ("run_dir", "seed", "optim", "parallel", "tracking", "precision", "nonfinite", "allow_config_change",
+                  "deterministic")  # fmt: skip
+        own = {name: getattr(self, name) for name in shared}
+        return TrainerConfig(**own | {"checkpoint": checkpoint} | options)

@@ -7,13 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.config import (
-    PRECISIONS,
     BatchConfig,
-    CheckpointConfig,
-    KeepConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrackingConfig,
+    RunConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
@@ -188,18 +183,11 @@ class SnapshotSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything that ``diffullama.train`` reads."""
 
     name: str = "diffullama"
     run_dir: str = "runs/diffullama"  # one folder per run; the same folder again continues the run
-    seed: int = 0
-    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
-    deterministic: bool = False  # only deterministic kernels; slower on GPUs
-    allow_config_change: bool = False  # continue a run although its options differ from the saved ones
-    dry_run: bool = False  # print parameters, operations and memory; train nothing
     model: ModelSection
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
@@ -207,18 +195,9 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sampling: SnapshotSampling = field(default_factory=SnapshotSampling)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
-    checkpoint: KeepConfig = field(default_factory=KeepConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require_at_least("seed", self.seed, 0)
-        require_choice("precision", self.precision, PRECISIONS)
-        if not self.run_dir:
-            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
-        if self.ngpus is not None:
-            require_at_least("ngpus", self.ngpus, 1)
+        super().__post_init__()
         attention = self.model.attn_implementation or "sdpa"
         if not self.objective.is_causal and self.objective.anneal_steps > 1 and attention not in ("sdpa", "eager"):
             raise ConfigError(
@@ -267,24 +246,11 @@ class TrainConfig:
         """
         require_processes(self.ngpus, world_size, "diffullama")
         training = self.training
-        return TrainerConfig(
-            run_dir=self.run_dir,
+        return self.engine_config(
             total_steps=training.n_iters,
-            seed=self.seed,
             batch=BatchConfig(global_size=training.batch_size, micro_size=self.micro_size(world_size)),
-            optim=self.optim,
-            parallel=self.parallel,
-            checkpoint=CheckpointConfig(
-                interval_steps=training.save_freq,
-                keep_last=self.checkpoint.keep_last,
-                keep_every=self.checkpoint.keep_every,
-            ),
-            tracking=self.tracking,
-            precision=self.precision,
+            save_steps=training.save_freq,
             ema_decay=training.ema,
             log_interval_steps=training.log_freq,
             validate_interval_steps=training.eval_freq,
-            nonfinite=self.nonfinite,
-            allow_config_change=self.allow_config_change,
-            deterministic=self.deterministic,
         )

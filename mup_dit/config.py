@@ -5,13 +5,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from common.config import (
-    PRECISIONS,
     BatchConfig,
-    CheckpointConfig,
-    KeepConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrackingConfig,
+    RunConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
@@ -89,18 +84,11 @@ class SnapshotSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything that ``mup_dit.train`` reads."""
 
     name: str = "mup_dit"
     run_dir: str = "runs/mup_dit"  # one folder per run; the same folder again continues the run
-    seed: int = 0
-    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
-    deterministic: bool = False
-    allow_config_change: bool = False
-    dry_run: bool = False  # print parameters, operations and memory; train nothing
     save_base_shapes: str | None = None  # write the base-shape file (.bsh) of this model and stop
     init_from: str | None = None  # start from the weights of a model folder, run or released checkpoint
     model: dict[str, Any]
@@ -110,18 +98,9 @@ class TrainConfig:
     mup: MupConfig = field(default_factory=MupConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sampling: SnapshotSampling = field(default_factory=SnapshotSampling)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
-    checkpoint: KeepConfig = field(default_factory=KeepConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require_at_least("seed", self.seed, 0)
-        require_choice("precision", self.precision, PRECISIONS)
-        if not self.run_dir:
-            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
-        if self.ngpus is not None:
-            require_at_least("ngpus", self.ngpus, 1)
+        super().__post_init__()
         if self.mup.auto_lr and self.network.parametrization == "mup":
             raise ConfigError(
                 "mup.auto_lr=true scales the rate with the batch for the standard parametrisation; by muP tune the "
@@ -147,25 +126,13 @@ class TrainConfig:
         require_processes(self.ngpus, world_size, "mup_dit")
         training = self.training
         micro_size = share_batch(training.batch_size, training.accum, world_size)
-        return TrainerConfig(
-            run_dir=self.run_dir,
+        return self.engine_config(
             total_steps=training.n_iters,
-            seed=self.seed,
             batch=BatchConfig(global_size=training.batch_size, micro_size=micro_size),
             optim=replace(self.optim, lr=self.learning_rate),
-            parallel=self.parallel,
-            checkpoint=CheckpointConfig(
-                interval_steps=training.save_freq,
-                keep_last=self.checkpoint.keep_last,
-                keep_every=self.checkpoint.keep_every,
-            ),
-            tracking=self.tracking,
-            precision=self.precision,
+            save_steps=training.save_freq,
             ema_decay=training.ema,
             ema_warmup=training.ema_warmup,
             log_interval_steps=training.log_freq,
             validate_interval_steps=training.eval_freq,
-            nonfinite=self.nonfinite,
-            allow_config_change=self.allow_config_change,
-            deterministic=self.deterministic,
         )

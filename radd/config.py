@@ -7,13 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common.config import (
-    PRECISIONS,
     BatchConfig,
-    CheckpointConfig,
-    KeepConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrackingConfig,
+    RunConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
@@ -143,39 +138,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything that ``radd.train`` reads."""
 
     name: str = "radd"
     run_dir: str = "runs/radd"  # one folder per run; the same folder again continues the run
-    seed: int = 0
-    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
     tokens: int = 50257  # real tokens N; the mask is id N
     gpt_dir: str = "gpt2-large"  # scorer of sampled texts: hub id or local folder
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # model.dtype, where given, decides instead
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
-    deterministic: bool = False  # only deterministic kernels; slower on GPUs
-    allow_config_change: bool = False  # continue a run although its options differ from the saved ones
-    dry_run: bool = False  # print parameters, operations and memory; train nothing
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
-    checkpoint: KeepConfig = field(default_factory=KeepConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least("tokens", self.tokens, 1)
-        require_at_least("seed", self.seed, 0)
-        require_choice("precision", self.precision, PRECISIONS)
-        if not self.run_dir:
-            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
-        if self.ngpus is not None:
-            require_at_least("ngpus", self.ngpus, 1)
         self.sampling.token_draw(self.tokens)
         self.autocast_precision()
 
@@ -210,24 +189,13 @@ class TrainConfig:
         training, parallel = self.training, self.parallel
         if self.model.use_checkpoint:
             parallel = replace(parallel, activation_checkpointing=False)  # the model recomputes its blocks itself
-        return TrainerConfig(
-            run_dir=self.run_dir,
+        return self.engine_config(
             total_steps=training.n_iters,
-            seed=self.seed,
             batch=BatchConfig(global_size=training.batch_size, micro_size=self.micro_size(world_size)),
-            optim=self.optim,
             parallel=parallel,
-            checkpoint=CheckpointConfig(
-                interval_steps=training.snapshot_freq_for_preemption,
-                keep_last=self.checkpoint.keep_last,
-                keep_every=self.checkpoint.keep_every,
-            ),
-            tracking=self.tracking,
+            save_steps=training.snapshot_freq_for_preemption,
             precision=self.autocast_precision(),
             ema_decay=training.ema,
             log_interval_steps=training.log_freq,
             validate_interval_steps=training.eval_freq,
-            nonfinite=self.nonfinite,
-            allow_config_change=self.allow_config_change,
-            deterministic=self.deterministic,
         )

@@ -5,13 +5,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from common.config import (
-    PRECISIONS,
     BatchConfig,
-    CheckpointConfig,
-    KeepConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrackingConfig,
+    RunConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
@@ -75,36 +70,20 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything that ``rpg.train`` reads."""
 
     name: str = "rpg"
     run_dir: str = "runs/rpg"  # one folder per run; the same folder again continues the run
-    seed: int = 0
-    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
-    deterministic: bool = False
-    allow_config_change: bool = False
-    dry_run: bool = False  # print parameters, operations and memory; train nothing
     architecture: str | None = None  # dry_run without checkpoints: a recipe, timm:NAME, or tokens:N
     init_from: str | None = None  # start from the weights of a generator folder or released checkpoint
     model: dict[str, Any] = field(default_factory=dict)  # options of rpg/model_config.py
     data: DataSection
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplerConfig = field(default_factory=SamplerConfig)  # of networks drawn during training; kept with it
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
-    checkpoint: KeepConfig = field(default_factory=KeepConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require_at_least("seed", self.seed, 0)
-        require_choice("precision", self.precision, PRECISIONS)
-        if not self.run_dir:
-            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
-        if self.ngpus is not None:
-            require_at_least("ngpus", self.ngpus, 1)
+        super().__post_init__()
         self.check_model()
         if self.training.drop_condition and self.model.get("condition", "none") == "none":
             raise ConfigError("training.drop_condition needs a condition to drop; set model.condition=full.")
@@ -154,24 +133,11 @@ class TrainConfig:
         require_processes(self.ngpus, world_size, "rpg")
         training = self.training
         micro_size = share_batch(training.batch_size, training.accum, world_size)
-        return TrainerConfig(
-            run_dir=self.run_dir,
+        return self.engine_config(
             total_steps=training.n_iters,
-            seed=self.seed,
             batch=BatchConfig(global_size=training.batch_size, micro_size=micro_size),
-            optim=self.optim,
-            parallel=self.parallel,
-            checkpoint=CheckpointConfig(
-                interval_steps=training.save_freq,
-                keep_last=self.checkpoint.keep_last,
-                keep_every=self.checkpoint.keep_every,
-            ),
-            tracking=self.tracking,
-            precision=self.precision,
+            save_steps=training.save_freq,
             ema_decay=training.ema,
             ema_warmup=training.ema_warmup,
             log_interval_steps=training.log_freq,
-            nonfinite=self.nonfinite,
-            allow_config_change=self.allow_config_change,
-            deterministic=self.deterministic,
         )

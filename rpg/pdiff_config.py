@@ -7,11 +7,7 @@ from typing import Literal
 from common.config import (
     PRECISIONS,
     BatchConfig,
-    CheckpointConfig,
-    KeepConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrackingConfig,
+    RunConfig,
     TrainerConfig,
     require_at_least,
     require_choice,
@@ -70,34 +66,20 @@ class PdiffSampling(SamplerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PdiffTrainConfig:
+class PdiffTrainConfig(RunConfig):
     """Everything that ``rpg.train_pdiff`` reads."""
 
     name: str = "pdiff"
     run_dir: str = "runs/pdiff"  # one folder per run; the same folder again continues the run
-    seed: int = 0
-    ngpus: int | None = None  # number of processes this run expects; null: as many as were started
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or infinite loss or gradient
-    deterministic: bool = False
-    allow_config_change: bool = False
-    dry_run: bool = False  # print parameters and memory; train nothing
     architecture: str | None = None  # dry_run without checkpoints: a recipe, timm:<network> or tokens:<count>
     model: PdiffConfig = field(default_factory=PdiffConfig)
     data: DataSection = field(default_factory=lambda: DataSection(granularity=0, dim_per_token=64, fill_value=0.0))
     training: StageConfig = field(default_factory=StageConfig)  # of the diffusion; of the autoencoder if it is alone
     vae_training: StageConfig = field(default_factory=StageConfig)  # of the autoencoder before the diffusion
     sampling: PdiffSampling = field(default_factory=PdiffSampling)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(plan="ddp"))
-    checkpoint: KeepConfig = field(default_factory=KeepConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require_at_least("seed", self.seed, 0)
-        require_choice("precision", self.precision, PRECISIONS)
-        if not self.run_dir:
-            raise ConfigError("run_dir is empty; give the folder of this run, for example run_dir=runs/first.")
+        super().__post_init__()
         if self.data.granularity != 0:
             raise ConfigError(
                 f"data.granularity={self.data.granularity} cuts tensors into tokens, but p-diff takes the whole "
@@ -119,28 +101,17 @@ class PdiffTrainConfig:
         Raises: ConfigError if the batch or ``ngpus`` does not fit the number of processes.
         """
         require_processes(self.ngpus, world_size, "rpg")
-        return TrainerConfig(
+        return self.engine_config(
             run_dir=str(run_dir),
             total_steps=stage.n_iters,
-            seed=self.seed,
             batch=BatchConfig(
                 global_size=stage.batch_size, micro_size=share_batch(stage.batch_size, stage.accum, world_size)
             ),
             optim=self.optim if stage.lr is None else replace(self.optim, lr=stage.lr),
-            parallel=self.parallel,
-            checkpoint=CheckpointConfig(
-                interval_steps=stage.save_freq,
-                keep_last=self.checkpoint.keep_last,
-                keep_every=self.checkpoint.keep_every,
-            ),
-            tracking=self.tracking,
-            precision=self.precision,
+            save_steps=stage.save_freq,
             ema_decay=stage.ema,
             ema_warmup=stage.ema_warmup,
             log_interval_steps=stage.log_freq,
-            nonfinite=self.nonfinite,
-            allow_config_change=self.allow_config_change,
-            deterministic=self.deterministic,
         )
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from common.config import KeepConfig
 from common.conversion import from_config, option_names
 from common.errors import ConfigError
 from radd.config import (
     DataConfig,
     EvalConfig,
-    KeepConfig,
     NoiseConfig,
     SamplingConfig,
     TrainConfig,
