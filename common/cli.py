@@ -252,7 +252,14 @@ def explain(error: Exception, config_class: type, folder: Path) -> str:
     text = str(error)
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if unknown or (unknown := re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", text)):
-        return unknown_option(unknown[1].split("@")[0], option_names(config_class) + group_names(folder))
+        option, known = unknown[1].split("@")[0], option_names(config_class)
+        if option in known:  # a file of its group leaves it out, because the choice has no use for it
+            group = option.partition(".")[0]
+            return (
+                f"{option} is not an option of the {group} that is chosen; choose another with {group}=NAME (--help "
+                f"lists them), or set it nevertheless with ++{option}=..."
+            )
+        return unknown_option(option, known + group_names(folder))
     if isinstance(error, InterpolationKeyError):
         referred = re.search(r"'([^']+)' not found", text)
         near = nearest(referred[1], option_names(config_class)) if referred else []

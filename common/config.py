@@ -14,8 +14,9 @@ from common.errors import ConfigError
 PLANS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 WHOLE_PARAMETER_PLANS = ("none", "ddp")  # every process holds all parameters and their optimizer state
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-SCHEDULES = ("constant", "cosine", "wsd", "cosine_constant", "cosine_lagged")
-OPTIMIZERS = ("AdamW", "Adam", "AdamW8bit")
+EPOCH_SCHEDULES = ("cosine_epochs", "multistep_epochs", "exponential_epochs")  # the rate changes between epochs only
+SCHEDULES = ("constant", "cosine", "wsd", "cosine_constant", "cosine_lagged", *EPOCH_SCHEDULES)
+OPTIMIZERS = ("AdamW", "Adam", "AdamW8bit", "LAMB")
 
 
 def require_choice(name: str, value: object, choices: tuple) -> None:
@@ -102,19 +103,25 @@ class KeepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    optimizer: Literal["AdamW", "Adam", "AdamW8bit"] = "AdamW"  # AdamW8bit: a quarter of AdamW's memory
+    optimizer: Literal["AdamW", "Adam", "AdamW8bit", "LAMB"] = "AdamW"  # AdamW8bit: a quarter of AdamW's memory
     lr: float = 3e-4  # peak learning rate
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: int = 2500  # steps of linear warm-up: lr at step s (from 1) is lr * min(s / warmup, 1); 0 disables
-    warmup_factor: float = 0.0  # cosine_lagged: share of lr that the warm-up starts from
+    warmup_factor: float = 0.0  # cosine_lagged, *_epochs: share of lr that the warm-up starts from
     grad_clip: float = 1.0  # largest global gradient norm; negative disables clipping
     # shape of the rate after warm-up
-    schedule: Literal["constant", "cosine", "wsd", "cosine_constant", "cosine_lagged"] = "constant"
+    schedule: Literal[
+        "constant", "cosine", "wsd", "cosine_constant", "cosine_lagged",
+        "cosine_epochs", "multistep_epochs", "exponential_epochs",
+    ] = "constant"  # fmt: skip
     min_ratio: float = 0.0  # floor of the rate where it falls, as a share of lr
     decay_fraction: float = 0.2  # share of the run in which the rate falls: its end (wsd) or start (cosine_constant)
+    epoch_steps: int = 0  # *_epochs: steps per epoch, in which the rate is constant and warm-up is counted; 0: the data's
+    milestones: tuple[int, ...] = ()  # multistep_epochs: epochs from which the rate is gamma times the last
+    gamma: float = 0.1  # multistep_epochs, exponential_epochs: factor at a milestone, or after every epoch
 
     def __post_init__(self) -> None:
         require_choice("optim.optimizer", self.optimizer, OPTIMIZERS)
@@ -122,6 +129,9 @@ class OptimConfig:
         require_at_least("optim.lr", self.lr, 0)
         require_at_least("optim.weight_decay", self.weight_decay, 0)
         require_at_least("optim.eps", self.eps, 0)
+        require_at_least("optim.epoch_steps", self.epoch_steps, 0)
+        require_at_least("optim.gamma", self.gamma, 0)
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("beta1", "beta2", "min_ratio", "decay_fraction", "warmup_factor"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
@@ -189,11 +199,21 @@ class TrainerConfig:
         require_at_least("validate_interval_steps", self.validate_interval_steps, 0)
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.optim.optimizer == "LAMB" and self.parallel.plan not in WHOLE_PARAMETER_PLANS:
+            raise ConfigError(
+                f"optim.optimizer=LAMB scales each update by the norm of the whole parameter, which parallel.plan="
+                f"{self.parallel.plan} shards; use parallel=ddp, or optim.optimizer=AdamW."
+            )
         if self.optim.optimizer == "AdamW8bit" and self.parallel.plan not in WHOLE_PARAMETER_PLANS:
             raise ConfigError(
                 f"optim.optimizer=AdamW8bit keeps its state in blocks of whole parameters, which "
                 f"parallel.plan={self.parallel.plan} shards; use optim.optimizer=AdamW, whose state is then shared out "
                 "over the processes, or parallel=ddp."
+            )
+        if self.optim.schedule in EPOCH_SCHEDULES and not self.optim.epoch_steps:
+            raise ConfigError(
+                f"optim.schedule={self.optim.schedule} changes the rate between epochs, and this run's data have none; "
+                "set optim.epoch_steps to steps per epoch, or choose another schedule."
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); null switches the moving average off.")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from common.adamw8bit import AdamW8bit
-from common.config import OptimConfig
+from common.config import EPOCH_SCHEDULES, OptimConfig
 from common.errors import ConfigError
 
 
@@ -22,8 +22,11 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 
     Source: warm-up as in RADD's released trainer (golden case ``train_steps``); WSD: Hu et al., 2024 (MiniCPM);
     ``cosine_constant``: PixArt-alpha's released trainer (golden case ``lr_cosine_decay_to_constant``);
-    ``cosine_lagged``: RPG's released trainer (golden case ``learning_rates``).
+    ``cosine_lagged``: RPG's released trainer (golden case ``learning_rates``); ``*_epochs``: see ``rate_of_epoch``.
     """
+    if config.schedule in EPOCH_SCHEDULES:
+        epochs = math.ceil(total_steps / config.epoch_steps)
+        return config.lr * rate_of_epoch((step - 1) // config.epoch_steps, config, epochs)
     if config.schedule == "cosine_lagged":
         return config.lr * lagged_cosine(max(step - 2, 0), config, total_steps)
     warm = min(step / config.warmup, 1.0) if config.warmup > 0 else 1.0
@@ -56,8 +59,29 @@ def lagged_cosine(index: int, config: OptimConfig, total_steps: int) -> float:
     return config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def rate_of_epoch(epoch: int, config: OptimConfig, epochs: int) -> float:
+    """Share of the peak rate in epoch ``epoch`` (from 0) of schedules that change between epochs.
+
+    Over the first ``warmup`` epochs a line from ``warmup_factor``, which reaches 1 in the last of them; from then on
+    ``cosine_epochs``: a half cosine that would be 0 after the last epoch; ``multistep_epochs``: ``gamma`` at each
+    milestone; ``exponential_epochs``: ``gamma`` after every epoch.
+
+    Source: ``cosine-warmup`` of GHN-3's and LoGAH's released trainers (golden case ``lr_schedule``).
+    """
+    warmup = int(config.warmup)
+    if epoch < warmup - 1:
+        return config.warmup_factor + (1 - config.warmup_factor) * epoch / (warmup - 1)
+    if config.schedule == "cosine_epochs":
+        share = (epoch - warmup) / max(epochs - warmup, 1)
+        factor = max(0.0, (1 + math.cos(math.pi * share)) / 2)
+        return config.min_ratio + (1 - config.min_ratio) * factor
+    if config.schedule == "multistep_epochs":
+        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    return config.gamma**epoch
+
+
 def build_optimizer(groups: list[dict], config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW over ``groups``, fused where parameters are plain tensors, else foreach; or AdamW8bit.
+    """Adam or AdamW over ``groups``, fused where parameters are plain tensors, else foreach; or AdamW8bit, LAMB.
 
     A group may carry its own ``weight_decay`` and ``lr_scale`` (a factor on the scheduled rate, 1 by default).
 
@@ -76,6 +100,10 @@ def build_optimizer(groups: list[dict], config: OptimConfig, device: torch.devic
     }
     if config.optimizer == "AdamW8bit":
         return AdamW8bit(groups, **options)
+    if config.optimizer == "LAMB":
+        from common.lamb import ResumableLamb  # timm takes a second to import
+
+        return ResumableLamb(groups, **options, max_grad_norm=None)  # the engine clips
     # fused kernels exist on CUDA and CPU; on the CPU they do not take DTensors
     fused = device.type == "cuda" or not any(isinstance(p, DTensor) for p in parameters)
     kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
@@ -121,7 +149,7 @@ def empty_optimizer_tensors(
         if isinstance(optimizer, AdamW8bit):
             value = optimizer.empty_state(parameter, state_name)
         elif state_name == "step":
-            on_device = owner[id(parameter)]["fused"] or owner[id(parameter)].get("capturable")
+            on_device = owner[id(parameter)].get("fused") or owner[id(parameter)].get("capturable")
             value = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
         else:
             value = torch.zeros_like(parameter.detach())

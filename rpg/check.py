@@ -13,11 +13,11 @@ from pathlib import Path
 
 from common import cli
 from common.errors import DataError
+from common.positional import name_arguments
 from common.report.page import write_atomically
 from common.report.tables import print_tables
 from rpg.checking import check_folder
 from rpg.data import DataSection
-from rpg.positional import name_arguments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Literal
 from common import cli
 from common.config import require_choice
 from common.errors import ConfigError
-from rpg.positional import name_arguments
+from common.positional import name_arguments
 from rpg.wrappers import TARGETS, convert
 
 

@@ -14,6 +14,7 @@ OWN_ENTRY_POINTS = {
         "check", "collect", "commonsense", "convert", "export", "extract_conditions", "finetune",
         "generate_pdiff", "memory", "prompt", "test_network", "train_pdiff",
     },
+    "logah": {"check_norms", "convert", "finetune", "generate_architectures", "graph", "prepare", "similarity"},
 }  # fmt: skip
 CROSS_PAPER_IMPORTS: dict[str, str] = {}  # file -> reason written beside the import; today there is none
 

@@ -52,6 +52,7 @@ class TokenRecipe:
         transform: applied to every text before encoding, e.g. a detokenizer.
         transform_name: identifies ``transform`` in the key; required with it.
         group_size, length: pack every so many documents by themselves into blocks of ``length``; both or neither.
+        end_of_text: close every document with the tokenizer's end-of-text token; else nothing separates documents.
     """
 
     source: Source
@@ -60,6 +61,12 @@ class TokenRecipe:
     transform_name: str = "none"
     group_size: int | None = None
     length: int | None = None
+    end_of_text: bool = True
+
+    @property
+    def separator(self) -> int | None:
+        """Id that closes every document."""
+        return self.tokenizer.eos_id if self.end_of_text else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -68,6 +75,8 @@ class TokenRecipe:
     def key(self) -> str:
         """Digest of everything that the tokens depend on."""
         packing = f"groups of {self.group_size} into {self.length}" if self.group_size else "one stream"
+        if not self.end_of_text:
+            packing += ", no end of text"
         return text_fingerprint(
             FORMAT, self.source.fingerprint(), self.tokenizer.fingerprint(), self.transform_name, packing
         )
@@ -210,7 +219,7 @@ def _encode(recipe: TokenRecipe, counts: _Counts, progress: bool) -> Iterator[ND
     packer = None
     if recipe.group_size is not None:
         assert recipe.length is not None, "packing in groups needs the block length"
-        packer = BlockPacker(recipe.length, tokenizer.eos_id, group_size=recipe.group_size, dtype=recipe.dtype)
+        packer = BlockPacker(recipe.length, recipe.separator, group_size=recipe.group_size, dtype=recipe.dtype)
         if counts.packer is not None:
             packer.load_state_dict(counts.packer)
     bar = tqdm(
@@ -225,8 +234,8 @@ def _encode(recipe: TokenRecipe, counts: _Counts, progress: bool) -> Iterator[ND
             if recipe.transform is not None:
                 texts = [recipe.transform(text) for text in texts]
             encoded = tokenizer.encode_batch(texts)
-            tokens = join_documents(encoded, tokenizer.eos_id)
-            if tokens.max() >= tokenizer.vocab_size or tokens.min() < 0:
+            tokens = join_documents(encoded, recipe.separator)
+            if len(tokens) and (tokens.max() >= tokenizer.vocab_size or tokens.min() < 0):
                 raise DataError(
                     f"The tokenizer gives id {tokens.max()} for {source.label}, outside its vocabulary "
                     f"0..{tokenizer.vocab_size - 1}; its files do not belong together."

@@ -168,6 +168,7 @@ def build_text_dataset(
     detokenizer: str | None = "auto",
     group_size: int | None = None,
     text_unit: TextUnit | None = None,
+    end_of_text: bool = True,
     progress: bool = True,
     verify: bool = False,
 ) -> TokenDataset:
@@ -181,6 +182,7 @@ def build_text_dataset(
         detokenizer: ``"auto"`` by the corpus's name, ``"none"``, or wikitext, ptb, lm1b, lambada.
         group_size: documents packed together, dropping each group's remainder; 1000 is the reference, None (one
             stream) loses less and does not depend on how the work was divided.
+        end_of_text: close every document with the end-of-text token; False joins the bare texts.
         progress: show a bar while tokenizing.
         verify: check the whole cache file's sha256 rather than a sample of it.
 
@@ -202,6 +204,7 @@ def build_text_dataset(
         transform_name=label,
         group_size=group_size,
         length=length if group_size else None,
+        end_of_text=end_of_text,
     )
     stream = load_or_build_tokens(recipe, cache_dir, progress=progress, verify=verify)
     return TokenDataset(stream, length, vocab_size=tokenizer.vocab_size, name=name, split=split)

@@ -13,12 +13,16 @@ from common.errors import ConfigError
 TokenList = Sequence[int] | NDArray
 
 
-def join_documents(token_lists: Iterable[TokenList], eos: int, dtype: np.dtype | type = np.int64) -> NDArray:
-    """All documents one after the other, each followed by ``eos``; an empty document is a lone ``eos``."""
+def join_documents(token_lists: Iterable[TokenList], eos: int | None, dtype: np.dtype | type = np.int64) -> NDArray:
+    """All documents one after the other, each followed by ``eos``; an empty document is a lone ``eos``.
+
+    With ``eos`` None nothing separates them.
+    """
     flat: list[int] = []
     for tokens in token_lists:
         flat.extend(tokens)
-        flat.append(eos)
+        if eos is not None:
+            flat.append(eos)
     return np.array(flat, dtype=dtype)
 
 
@@ -27,7 +31,7 @@ class BlockPacker:
 
     Args:
         length: L, tokens per block.
-        eos: end-of-text id, appended to every document.
+        eos: end-of-text id, appended to every document; None: nothing separates documents.
         group_size: None joins everything into one stream whose remainder is dropped once. A number drops the remainder
             after every so many documents, as the reference does with 1000.
 
@@ -37,7 +41,9 @@ class BlockPacker:
         ConfigError: ``length`` or ``group_size`` below 1.
     """
 
-    def __init__(self, length: int, eos: int, *, group_size: int | None = None, dtype: np.dtype | type = np.int64):
+    def __init__(
+        self, length: int, eos: int | None, *, group_size: int | None = None, dtype: np.dtype | type = np.int64
+    ) -> None:
         if length < 1:
             raise ConfigError(f"length={length} tokens per block must be at least 1.")
         if group_size is not None and group_size < 1:
@@ -84,14 +90,14 @@ class BlockPacker:
 
 
 def pack(
-    token_lists: Iterable[TokenList], block: int, eos: int, *, group_size: int | None = None
+    token_lists: Iterable[TokenList], block: int, eos: int | None, *, group_size: int | None = None
 ) -> tuple[NDArray[np.int64], int]:
     """Blocks ``(n, block)`` of the joined documents, and the number of tokens dropped.
 
     Args:
         token_lists: token ids of each document, without end-of-text.
         block: tokens per block.
-        eos: end-of-text id.
+        eos: end-of-text id; None: nothing separates documents.
         group_size: see ``BlockPacker``.
     """
     packer = BlockPacker(block, eos, group_size=group_size)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+ROUNDING = 2e-5  # share of the largest value that float32 may leave of entries which are zero but for rounding
 DEFAULT_GOLDEN_DIR = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
 
@@ -80,7 +81,8 @@ class Case:
         if isinstance(tolerance, Mapping):
             return tolerance.get("rtol", 0.0), tolerance.get("atol", 0.0)
         if isinstance(tolerance, str):
-            return _in_words(tolerance)
+            rtol, atol = _in_words(name, tolerance)
+            return rtol, max(atol, ROUNDING * float(np.abs(expected).max(initial=0.0))) if rtol else atol
         if self.raw.get("relative"):
             tolerance *= max(1.0, float(np.abs(expected).max(initial=0.0)))
         return 0.0, tolerance
@@ -101,12 +103,19 @@ def _of_kind(name: str, tolerances: Mapping) -> object:
     return min(strict, key=lambda value: value.get("rtol", 0.0) if isinstance(value, Mapping) else value)
 
 
-def _in_words(tolerance: str) -> tuple[float, float]:
-    """Of a text: ``exact...``, ``... within 2/80 ...`` or ``rtol 5e-3 ...``."""
+def _in_words(name: str, tolerance: str) -> tuple[float, float]:
+    """Of a text: ``exact...``, ``... within 2/80 ...``, ``atol 1e-5, rtol 1e-4``, or ``loss rtol 1e-4, gradient norms
+    rtol 2e-3``, where words before a number say which outputs it is for."""
     if share := re.search(r"within (\d+)/(\d+)", tolerance):
         return 0.0, int(share[1]) / int(share[2])
-    if relative := re.search(r"rtol ([0-9.e-]+)", tolerance):
-        return float(relative[1]), 0.0
+    found = re.findall(r"([a-z ]*)\b(rtol|atol) ([0-9.e-]+)", tolerance)
+    if found:
+        values = {"rtol": 0.0, "atol": 0.0}
+        for words, kind, value in found:
+            named = [word for word in words.split() if word[:4] in name]
+            if not values[kind] or named:
+                values[kind] = float(value)
+        return values["rtol"], values["atol"]
     assert tolerance.startswith("exact"), f"the tolerance {tolerance!r} is none that is known"
     return 0.0, 1e-12
 

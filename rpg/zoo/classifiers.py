@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.data.images import Images
 from common.errors import CheckpointError
 from common.precision import autocast, has_native_bf16
 from rpg.tasks import focal_loss, task_targets
-from rpg.zoo.image_data import Images, epoch_batches, ordered_batches, steps_per_epoch
+from rpg.zoo.image_data import epoch_batches, ordered_batches, steps_per_epoch
 from rpg.zoo.networks import State, head_name, matching
 from rpg.zoo.recipes import Recipe, TrainingSection
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.data.images import embedded_digits
 from common.errors import ConfigError, DataError
 from common.seeding import generator
 from rpg.tasks import CheckpointName
@@ -40,13 +41,11 @@ class DigitImages:
 @functools.cache
 def load_images() -> DigitImages:
     """The embedded digits: 797 to train on and 1000 to test with; the split is the same for every seed."""
-    from sklearn.datasets import load_digits  # embedded in the package
-
-    data = load_digits()
+    pixels_NHW, label_N = embedded_digits()
     # one fixed split: torch's own generator at 0, so that others can draw the same one
-    order_N = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images_N1HW = ((torch.from_numpy(data.images).float() / 16 - MEAN) / DEVIATION)[order_N, None]
-    label_N = torch.from_numpy(data.target).long()[order_N]
+    order_N = torch.randperm(len(label_N), generator=torch.Generator().manual_seed(0))
+    images_N1HW = ((pixels_NHW - MEAN) / DEVIATION)[order_N, None]
+    label_N = label_N[order_N]
     return DigitImages(
         images_N1HW[:TRAIN_IMAGES], label_N[:TRAIN_IMAGES], images_N1HW[TRAIN_IMAGES:], label_N[TRAIN_IMAGES:]
     )

@@ -7,9 +7,8 @@ the middle of an epoch changes a training.
 Dimensions: B images, H and W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,20 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.config import require_at_least, require_choice
+from common.data.images import STATISTICS, Images, build_transform, open_cifar, open_image_folder
 from common.errors import DataError
 from common.seeding import derive_seed, generator
 from rpg.zoo.digits import load_images
 
 DATASETS = ("cifar10", "cifar100", "folder", "digits")
 AUGMENTATIONS = ("none", "crop_flip", "autoaugment_cifar10", "randaugment")
-STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-}
-"""Mean and standard deviation of each channel, by the name of ``data.statistics``."""
-
-TEST_FOLDERS = ("test", "val", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,37 +51,6 @@ class ImageDataSection:
                 require_at_least(f"data.{name}", getattr(self, name), 1)
 
 
-class Images:
-    """One split.
-
-    Attributes:
-        label_N: class of every image, int64.
-        class_names: of the data set.
-    """
-
-    def __init__(
-        self, source: Dataset, label_N: Tensor, class_names: Sequence[str], transform, limit: int | None
-    ) -> None:
-        self._source, self._transform = source, transform
-        self.label_N = label_N[:limit]
-        self.class_names = tuple(class_names)
-
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def image(self, index: int, seed: int | None = None) -> Tensor:
-        """One image (channels, H, W), float32; augmentations draw from ``seed``."""
-        raw = self._source[index][0]
-        if self._transform is None:
-            return raw
-        if seed is None:
-            return self._transform(raw)
-        # torchvision's transforms know no generator: seed the global one for this image, and put it back
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self._transform(raw)
-
-
 class _Rows(Dataset):
     """Addressed by (index, seed of its augmentations), which a batch sampler supplies."""
 
@@ -109,30 +70,24 @@ def load_split(section: ImageDataSection, split: Literal["train", "test"]) -> Im
     limit = section.limit_train if split == "train" else section.limit_test
     if section.name == "digits":
         return _digits(split, limit)
-    source, label_N, class_names = _open_folder(section, split) if section.name == "folder" else _cifar(section, split)
+    train = split == "train"
+    if section.name == "folder":
+        source, label_N, class_names = open_image_folder(section.root, train=train)
+    else:
+        root = section.root or "data/images"
+        source, label_N, class_names = open_cifar(
+            section.name, root, train=train, download=section.download, option="recipe.data"
+        )
     if not len(label_N):
         raise DataError(f"data.root={section.root}: there is no image in the {split} split.")
-    return Images(source, label_N, class_names, build_transform(section, augmented=split == "train"), limit)
-
-
-def build_transform(section: ImageDataSection, *, augmented: bool):
-    """Image file -> float32 tensor: resized, cropped, perhaps flipped and augmented, standardised."""
-    from torchvision import transforms
-
-    size = section.size
-    resize = transforms.Resize(size) if section.name == "folder" else transforms.Resize((size, size))
-    steps: list = [resize]
-    if augmented and section.augmentation != "none":
-        default = 0 if section.name == "folder" else size // 8
-        padding = default if section.crop_padding is None else section.crop_padding
-        steps += [transforms.RandomCrop(size, padding=padding or None), transforms.RandomHorizontalFlip()]
-        if section.augmentation == "autoaugment_cifar10":
-            steps.append(transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10))
-        elif section.augmentation == "randaugment":
-            steps.append(transforms.RandAugment())
-    else:
-        steps.append(transforms.CenterCrop(size))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*STATISTICS[section.statistics])])
+    transform = build_transform(
+        section.size,
+        STATISTICS[section.statistics],
+        section.augmentation if train else "none",
+        crop_padding=section.crop_padding,
+        keep_aspect=section.name == "folder",
+    )
+    return Images(source, label_N, class_names, transform, limit)
 
 
 def _digits(split: str, limit: int | None) -> Images:
@@ -140,47 +95,6 @@ def _digits(split: str, limit: int | None) -> Images:
     images_N1HW = digits.train_N1HW if split == "train" else digits.test_N1HW
     label_N = digits.train_label_N if split == "train" else digits.test_label_N
     return Images([(image,) for image in images_N1HW], label_N, [str(digit) for digit in range(10)], None, limit)
-
-
-def _cifar(section: ImageDataSection, split: str) -> tuple[Dataset, Tensor, Sequence[str]]:
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if section.name == "cifar10" else datasets.CIFAR100
-    root = section.root or "data/images"
-    try:
-        source = kind(root, train=split == "train", download=section.download)
-    except RuntimeError:
-        remedy = "" if section.download else ", or set recipe.data.download=true"
-        raise DataError(
-            f"data.root={root}: {section.name} is not there or damaged; put its files there (folder "
-            f"{kind.base_folder}){remedy}."
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"data.root={root}: {section.name} cannot be downloaded ({error}); put its files (folder "
-            f"{kind.base_folder}) there yourself."
-        ) from None
-    return source, torch.tensor(source.targets), source.classes
-
-
-def _open_folder(section: ImageDataSection, split: str) -> tuple[Dataset, Tensor, Sequence[str]]:
-    from torchvision.datasets import ImageFolder
-
-    if section.root is None:
-        raise DataError("data.name=folder needs data.root=DIR with DIR/train/CLASS/*.jpg and DIR/test (or val).")
-    root = Path(section.root)
-    names = ("train",) if split == "train" else TEST_FOLDERS
-    found = [root / name for name in names if (root / name).is_dir()]
-    if not found:
-        raise DataError(
-            f"data.root={root}: there is no folder {' or '.join(names)} in it; images are expected as "
-            f"{root / names[0]}/CLASS/FILE.jpg."
-        )
-    try:
-        source = ImageFolder(str(found[0]))
-    except FileNotFoundError as error:
-        raise DataError(f"{found[0]}: {str(error).splitlines()[0]}") from None
-    return source, torch.tensor(source.targets), source.classes
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

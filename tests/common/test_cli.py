@@ -89,6 +89,16 @@ def toy(tmp_path: Path, monkeypatch, capsys):
     return run
 
 
+def test_an_option_that_only_other_choices_have_is_told_apart(toy, tmp_path: Path):
+    (tmp_path / "configs" / "part" / "plain.yaml").write_text("size: 1\n")
+    code, _, err = toy("part=plain", "part.kind=exact")
+    assert code == 2
+    assert "part.kind is not an option of the part that is chosen; choose another with part=NAME" in err
+    assert toy("part=plain", "++part.kind=exact")[1] == [
+        ToyConfig(run_dir="runs/toy", part=PartConfig(size=1, kind="exact"))
+    ]
+
+
 def test_options_arrive_typed_and_nothing_is_written(toy):
     code, [config], err = toy("part=large_part", "rate=1e-4", "optim.lr='2e-4'", "parallel=fsdp2", "must=yes")
     assert (code, err) == (0, "")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from common.conversion import from_config, nearest, option_names, unknown_option
+from common.conversion import MISSING, from_config, nearest, option_names, unknown_option
 from common.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def test_nested_values_arrive_with_their_types():
     rate=st.floats(allow_nan=False, allow_infinity=False),
     count=st.none() | st.integers(-(2**70), 2**70),
     kind=st.sampled_from(["fast", "exact"]),
-    name=st.text(max_size=8),
+    name=st.text(max_size=8).filter(lambda text: text != MISSING),
     sizes=st.lists(st.integers(), max_size=4),
     on=st.booleans(),
 )

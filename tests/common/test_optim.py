@@ -71,6 +71,30 @@ def test_optimizer_kind_is_the_configured_one(kind: str):
     assert optimizer.param_groups[0]["fused"]
 
 
+def test_lamb_continues_where_its_saved_state_ends():
+    """timm counts steps in the groups, which checkpoints do not hold: a resumed run would correct its bias anew."""
+    config = OptimConfig(optimizer="LAMB", lr=0.1)
+
+    def make(values: torch.Tensor) -> tuple[dict, torch.optim.Optimizer]:
+        named = {"a": nn.Parameter(values.clone())}
+        return named, build_optimizer([{"params": list(named.values())}], config, CPU)
+
+    def take(named: dict, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            named["a"].grad = 2 * named["a"].detach() + 1
+            optimizer.step()
+
+    named, optimizer = make(torch.arange(1.0, 4.0))
+    take(named, optimizer, 3)
+    saved = {name: value.clone() for name, value in optimizer_tensors(named, optimizer).items()}
+    other, resumed = make(named["a"].detach())
+    for key, value in empty_optimizer_tensors(other, resumed, saved).items():
+        value.copy_(saved[key])
+    take(named, optimizer, 2)
+    take(other, resumed, 2)
+    assert torch.equal(named["a"], other["a"])
+
+
 def test_model_without_trainable_parameters_is_refused():
     with pytest.raises(ConfigError, match="no trainable parameter"):
         build_optimizer([{"params": []}], OptimConfig(), CPU)

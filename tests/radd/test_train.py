@@ -218,7 +218,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(train):
         ("sampling.steps=0", "sampling.steps=0 is too small; it must be at least 1."),
         ("training.n_iters=0", "training.n_iters=0 is too small"),
         ("training.accum=3", "training.batch_size=4 cannot be shared out evenly"),
-        ("optim.optimizer=SGD", "optim.optimizer='SGD' is not known; choose one of AdamW, Adam, AdamW8bit."),
+        ("optim.optimizer=SGD", "optim.optimizer='SGD' is not known; choose one of AdamW, Adam, AdamW8bit, LAMB."),
         ("model.dtype=float64", "model.dtype='float64' is not known"),
         ("model.n_heads=3", "model.hidden_size=16 is not a multiple of model.n_heads=3"),
         ("model.n_heads=16", "gives heads of odd width 1"),

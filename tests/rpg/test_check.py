@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
+from common.positional import name_arguments
 from rpg import check as command
 from rpg.checking import check_folder, count_parameters, suggested_dim
 from rpg.codec import TokenCodec
 from rpg.data import DataSection
-from rpg.positional import name_arguments
 from rpg.structure import structure_of_shapes
 
 

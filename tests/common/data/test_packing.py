@@ -61,3 +61,10 @@ def test_an_empty_document_is_a_lone_end_of_text():
 def test_sizes_below_one_are_refused(options, name):
     with pytest.raises(ConfigError, match=f"{name}=0"):
         BlockPacker(eos=EOS, **options)
+
+
+def test_documents_may_be_joined_without_an_end():
+    assert join_documents([[1, 2], [], [3]], None).tolist() == [1, 2, 3]
+    blocks, dropped = pack([[1, 2], [], [3, 4, 5]], 2, None)
+    assert blocks.tolist() == [[1, 2], [3, 4]] and dropped == 1
+    assert join_documents([[], []], None).tolist() == []

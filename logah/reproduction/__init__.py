@@ -1,0 +1,1 @@
+"""The small reproduction of LoGAH: hypernetworks on embedded data, and what networks become that start from them."""
