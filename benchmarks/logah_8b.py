@@ -1,4 +1,4 @@
-"""Slow: Llama-8B planned, traced and predicted by LoGAH-Tiny into a null sink, in bf16 (16 GB that no disk has to take).
+"""Llama-8B planned, traced and predicted by LoGAH-Tiny into a null sink, in bf16: 16 GB that no disk has to take.
 
     python -m benchmarks.logah_8b [--json FILE] [--size Tiny]
 

@@ -4,8 +4,8 @@
 
 Hypernetworks of the published sizes with random weights are stored once; every measurement is a fresh process that
 imports everything, then loads one, plans, decodes and hands over the tensors. Memory is its peak above what it held
-after the imports, so the hypernetwork's own weights are in it (Large: 1.16 GB). "Compute" is all but the writing: build
-and trace on meta, plan, decode in float32, cast.
+after the imports, the hypernetwork's weights included as far as they are read: the file is mapped, and a target needs a
+part of the last maps only. "Compute" is all but the writing: build and trace on meta, plan, decode in float32, cast.
 """
 
 import argparse

@@ -12,8 +12,10 @@ from logah.model_config import HyperNetworkConfig
 from logah.normalisation import fan_in_scale, normalise_vector
 from logah.row_chunks import FactoredMatrix
 
-EMBEDDING_STD = 0.1  # of embeddings and position tables before the predicted scale
-VECTOR_STD = 0.1  # of scales and shifts of norms, before they are squashed
+# Of embeddings and position tables before the predicted scale. A tenth of it hid the positions behind the patches:
+# freshly predicted digit networks reached 25 % accuracy in 400 steps instead of 60 % (one run each).
+EMBEDDING_STD = 1.0
+VECTOR_STD = 1.0  # of scales and shifts of norms, before they are squashed
 
 
 def usual_std(target: Target, plan: TargetPlan, config: HyperNetworkConfig) -> float:

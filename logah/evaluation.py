@@ -27,8 +27,11 @@ from logah.matching import match_data, require_kind
 from logah.parameter_statistics import measure_parameters
 from logah.prediction_folder import load_prediction, read_architecture
 from logah.scoring import metric_values, score
-from logah.starts import Start, Starter, file_facts, weights_folder
+from logah.starts import EXPORT_FOLDER, Start, Starter, file_facts, weights_folder
 from logah.targets import torchvision_classifiers
+
+SIZES = ("num_layers", "n_layer", "num_hidden_layers", "hidden_dim", "n_embd", "hidden_size")
+"""Options that a short name shows: depth, then width."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +87,22 @@ def items_of(config: EvaluateConfig) -> list[Item]:
     found = [
         Item(name, source, target, seed) for name, target in targets for source in sources for seed in config.seeds
     ]
-    return found + [Item(folder, "folder", folder, config.seeds[0]) for folder in config.predictions]
+    return found + [Item(_folder_name(folder), "folder", folder, config.seeds[0]) for folder in config.predictions]
+
+
+def _folder_name(folder: str) -> str:
+    path = Path(folder)
+    return path.parent.name if path.name == EXPORT_FOLDER else path.name
 
 
 def _name(target: Any) -> str:
-    return str(target) if not isinstance(target, Mapping) else str(resolve_target(target))
+    """What the user wrote; of a description its kind and sizes."""
+    if not isinstance(target, Mapping):
+        return str(target)
+    architecture = resolve_target(target)
+    options = architecture.options
+    sizes = [options.get(name) for name in SIZES if options.get(name) is not None]
+    return f"{architecture.family} {' x '.join(map(str, sizes))}" if sizes else str(architecture)
 
 
 class Evaluator:

@@ -1,6 +1,5 @@
 """Tables and figures of an evaluation."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from common import provenance
+from common.evaluation.metric import mean_metric
 from common.report import CATEGORIES, Figure, Section, Theme, draw_figure, print_tables
 from common.report import provenance as report_facts
 from common.report.page import write_atomically
@@ -60,11 +60,8 @@ def seeds_table(records: Sequence[Record]) -> Table | None:
     for (name, source), group in groups.items():
         cells = []
         for metric in shown:
-            values = np.array([record[metric] for record in group])
-            cells += [
-                float(values.mean()),
-                float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None,
-            ]
+            mean = mean_metric(metric, [record[metric] for record in group])
+            cells += [mean.value, mean.standard_error]
         rows.append([name, source, len(group), *cells])
     columns = ["network", "weights", "seeds", *(column for name in shown for column in (name, f"{name} error"))]
     return Table(name="seeds", columns=columns, rows=rows, caption="Means over seeds and their standard errors.")
@@ -93,12 +90,12 @@ def distribution_figure(records: Sequence[Record]) -> Figure | None:
         left, right = axes
         for index, record in enumerate(drawn):
             colour, style = theme.colour(index), "-" if index < CATEGORIES else "--"
-            label = f"{_short(record['name'])} ({record['source']}, seed {record['seed']})"
+            label = f"{_short(record['name'])} ({record['weights']}, seed {record['seed']})"
             counts_B = np.array(record["histogram"])
             density_B = counts_B / max(counts_B.sum(), 1) / (2 * RANGE / BINS)
             left.semilogy(centres_B, np.where(density_B > 0, density_B, np.nan), style, color=colour, label=label)
             matrices = [row for row in record["tensors"] if len(row["shape"]) > 1]
-            right.semilogy([max(row["deviation"], 1e-8) for row in matrices], style, color=colour, label=label)
+            right.semilogy([row["deviation"] or np.nan for row in matrices], style, color=colour, marker=".")
         left.set_xlabel("entry of a matrix")
         left.set_ylabel("density")
         right.set_xlabel("matrix, in the order of the network")
@@ -124,7 +121,7 @@ def suite_figure(records: Sequence[Record]) -> Figure | None:
         (ax,) = axes
         place_N = np.arange(len(scored))
         for index, source in enumerate(dict.fromkeys(record["weights"] for record in scored)):
-            chosen = [place for place in place_N if scored[place]["source"] == source]
+            chosen = [place for place in place_N if scored[place]["weights"] == source]
             values = [scored[place][metric] for place in chosen]
             errors = [scored[place].get(f"{metric}_se") or 0 for place in chosen]
             ax.errorbar(chosen, values, errors, fmt="o", markersize=3, color=theme.colour(index), label=source)

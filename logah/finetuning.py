@@ -175,8 +175,11 @@ class Comparison:
         return RunResult(key, points, test, facts["facts"], diverged, time.perf_counter() - began)
 
     def check_starts(self) -> None:
-        """Scores every start with the first seed, so that one that does not fit is refused before hours of training."""
-        for beginning in self.config.starts:
+        """Scores every start with the first seed, so that one that does not fit is refused before hours of training.
+
+        A single one is left to its training, which begins with that and then need not make the network again.
+        """
+        for beginning in self.config.starts if len(self.config.starts) > 1 else ():
             self._evaluated_start(RunKey(beginning, self.seeds[0], self.rates[0]))
 
     # ------------------------------------------------------------------------------------------------- its parts
@@ -287,7 +290,6 @@ class Comparison:
     def _score(self, network: nn.Module, split: str) -> dict[str, float | None]:
         """Means over the split and their standard errors, by the names that the engine's records have."""
         network.to(self.device)
-        forward = network.forward
         autocast_forward(network, self.precision, self.device)
         batches = self.data.validation_batches if split == "validation" else self.data.test_batches
         try:
@@ -301,7 +303,7 @@ class Comparison:
                 parallel=self.parallel,
             )
         finally:
-            network.forward = forward
+            network.__dict__.pop("forward", None)  # the engine wraps the network in an autocast of its own
         values = metric_values(metrics)
         return {name.replace("nats_per_token", "loss").replace("nats", "loss"): value for name, value in values.items()}
 

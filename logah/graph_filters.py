@@ -33,8 +33,8 @@ class NetFacts:
 
     @property
     def llama(self) -> bool:
-        """Gated perceptrons and root-mean-square norms: Llama and its relatives (Mistral, Qwen2, ...)."""
-        return self.gated and self.rms_norm
+        """Llama and its relatives (Mistral, Qwen, StableLM, ...): layers without biases, mended in another order."""
+        return self.gated
 
 
 def net_facts(model: nn.Module, graph: OperationGraph) -> NetFacts:

@@ -46,7 +46,7 @@ def match_data(architecture: Architecture, data: DataFacts, *, enabled: bool = T
         if not enabled:
             raise ConfigError(
                 f"target={architecture} tells {architecture.num_classes} classes apart, the data have "
-                f"{data.num_classes}; use match_data=true, or name the classes: NAME?num_classes={data.num_classes}."
+                f"{data.num_classes}; use match_data=true, or name the classes: NAME?num_classes:{data.num_classes}."
             )
         return _told(_with_classes(architecture, data.num_classes), f"{data.num_classes} classes")
     matched = architecture
@@ -71,7 +71,7 @@ def _require_enabled(architecture: Architecture, what: str, own: int, needed: in
 
 
 def _told(architecture: Architecture, what: str) -> Architecture:
-    logger.info("target: %s, for the data", what)
+    logger.info("target=%s: %s, for the data", architecture, what)
     return architecture
 
 

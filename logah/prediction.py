@@ -14,10 +14,12 @@ from common.errors import ConfigError
 from common.seeding import generator as seeded
 from logah.assignment import Target, TargetPlan, plan_targets
 from logah.decoder_v2 import parts_of, role_of
-from logah.decoding import Group, decode_factored, decode_groups, decode_target, prepare
+from logah.decoding import Group, decode_groups, prepare
 from logah.full_decoding import decode_groups_fully
 from logah.hypernetwork import HyperNetwork
 from logah.net_graph import NetGraph
+from logah.row_chunks import FactoredMatrix
+from logah.sequential_decoding import decode_each
 from logah.tracing import trace
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -156,13 +158,12 @@ def fill(
             raise ConfigError(f"{target.name} is on the meta device; build the network with values, then fill it.")
     noise = seeded(class_token_seed, "class token")
     start = prepare(hypernetwork, x_Nd)
-    for target in plan.targets:
-        row, parameter = start.rows([target.node]), parameters[target.name]
-        factored = decode_factored(hypernetwork, row, target, plan)
-        if factored is not None:
-            factored.materialise(out=parameter.data)
+    for target, value in decode_each(hypernetwork, start, plan, generator=noise):
+        parameter = parameters[target.name]
+        if isinstance(value, FactoredMatrix):
+            value.materialise(out=parameter.data)
         else:
-            parameter.copy_(decode_target(hypernetwork, row, target, plan, generator=noise))
+            parameter.copy_(value)
     return PredictionReport(
         predicted=tuple(target.name for target in plan.targets),
         kept=plan.uncovered,

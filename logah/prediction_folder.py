@@ -162,19 +162,24 @@ def read_state(folder: Path | str) -> dict[str, Tensor]:
     return state
 
 
-def load_prediction(folder: Path | str) -> nn.Module:
+def load_prediction(folder: Path | str, module: nn.Module | None = None) -> nn.Module:
     """The network of a folder with its weights, float32, on the CPU, in evaluation mode.
+
+    Args:
+        module: the network to fill, with its own types and device; None: a new one. A network of code of your own
+            (``module:PACKAGE.MODULE:NAME``) must be given, because no code is imported on the word of a file.
 
     Raises: CheckpointError if the weights do not fill the network exactly.
     """
     folder = Path(folder)
-    architecture = read_architecture(folder)
-    with torch.random.fork_rng(devices=[]):
-        module = architecture.build()
+    if module is None:
+        architecture = read_architecture(folder)
+        with torch.random.fork_rng(devices=[]):
+            module = architecture.build()
     try:
         module.load_state_dict(read_state(folder), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit {architecture}: {error}") from None
+        raise CheckpointError(f"{folder}: the weights do not fit {type(module).__name__}: {error}") from None
     return module.eval()
 
 

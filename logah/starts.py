@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import sha256
+from common.config import require_choice
 from common.errors import CheckpointError, ConfigError
 from common.seeding import derive_seed
 from logah.architecture_graphs import trace_architecture
@@ -38,6 +39,10 @@ KINDS = {"random": False, "hypernetwork": True, "prediction": True, "mimetic": F
 
 EXPORT_FOLDER = "export"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+HYPERNETWORK_OPTIONS = (
+    "attention", "graph_version", "ve_cutoff", "variant", "normalisation", "residual_scale", "initializer_range",
+    "heads", "max_shape",
+)  # fmt: skip
 PREDICTED = ("hypernetwork", "prediction")
 logger = logging.getLogger(__name__)
 
@@ -105,8 +110,12 @@ class StartOptions:
     noise: float = 0.0  # breaks symmetries between rows: share of their spread; 1e-5 is usual for GHN-3
     orthogonalise: bool = False  # matrices made orthogonal before the noise
     class_token_noise: float | None = None  # deviation of the class token's position; null: the checkpoint's
+    # what files of reference implementations do not say of their hypernetwork, e.g. {attention: as_is, ve_cutoff: 50}
+    hypernetwork: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in self.hypernetwork:
+            require_choice("start.hypernetwork", name, HYPERNETWORK_OPTIONS)
         for name in ("noise", "class_token_noise"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -204,7 +213,8 @@ class Starter:
         """The hypernetwork in ``source``."""
         if source not in self._hypernetworks:
             noise = self.options.class_token_noise
-            self._hypernetworks[source] = load_hypernetwork(source, class_token_noise=noise)
+            options = {"class_token_noise": noise, **self.options.hypernetwork}
+            self._hypernetworks[source] = load_hypernetwork(source, **options)
         return self._hypernetworks[source]
 
     def _finish(self, network: nn.Module, seed: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The network is built on ``meta`` and traced; every parameter that the graph covers is decoded at its exact size, a block
 of rows at a time where it is a matrix given by factors, brought to its type and handed to a sink. What no node covers
 and every buffer is built on the CPU from a seeded generator. ``logah.prediction`` fills modules in place with the same
-bits.
+bits (at one number of threads: a product's last bit may depend on how many share it).
 
 Source: LoGAH (arXiv 2405.16287) for the prediction; the statistics of a tensor come from its factors in closed form.
 """

@@ -188,7 +188,7 @@ def _close(graph: OperationGraph) -> list[str]:
     warnings = []
     order = graph.topological_order()
     if order is None:
-        warnings.append("it has a cycle; its nodes stay in the order of the walk")
+        warnings.append("it has a cycle, its nodes stay in the order of the walk; version=v2 traces true edges")
     else:
         graph.order = order
     split_position_embedding(graph)

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from common.errors import ConfigError
 from common.testing.golden import fill
-from logah.compilation import compile_encoder
 from logah.encoder import EDGE_OFFSET, INVALID, MAX_DISTANCE, Encoder
 from logah.graph_batch import GraphBatch
 from tests.logah.tiny_hypernetwork import tiny_hypernetwork
@@ -110,14 +109,3 @@ def test_distances_beyond_the_table_are_an_error():
     batch = GraphBatch(torch.zeros(1, 4, dtype=torch.long), distance[None], torch.ones(1, 4, dtype=torch.bool), ((),))
     with pytest.raises(ConfigError, match=rf"distance of {MAX_DISTANCE + 1}.*ve_cutoff"):
         model(batch)
-
-
-@torch.no_grad()
-def test_a_compiled_encoder_gives_the_same_features_under_the_same_names():
-    model = tiny_hypernetwork(layers=1)
-    names = list(model.state_dict())
-    x, distance, mask = batch_of([6, 3])
-    expected = model.gnn(x, distance, mask)
-    compile_encoder(model, backend="eager")
-    assert list(model.state_dict()) == names
-    assert torch.allclose(model.gnn(x, distance, mask), expected, atol=1e-6)

@@ -36,7 +36,7 @@ def test_predictions_random_weights_and_folders_are_scored_alike(hypernetwork, t
     )  # fmt: skip
     assert [record["weights"] for record in records] == ["hypernetwork"] * 2 + ["random"] * 2 + ["folder"]
     for record in records:
-        assert 0 <= record["top1"] <= record["top5"] <= 1 and record["top1_se"] >= 0 and record["nats_se"] > 0
+        assert 0 <= record["top1"] <= record["top5"] <= 1 and record["top1_se"] >= 0 and record["nats"] > 1
     # the seed-0 random weights are those in the folder
     assert records[4]["nats"] == records[2]["nats"] and records[4]["norm"] == records[2]["norm"]
     assert records[0]["nats"] == records[1]["nats"] and records[0]["uncovered"] == ["class_token"]

@@ -1,5 +1,6 @@
 """Version 2 graphs: true edges on real and meta tensors, for transformers, torchvision and odd modules."""
 
+import networkx
 import pytest
 import torch
 from torch import nn
@@ -8,12 +9,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from common.errors import ConfigError
 from logah.export_tracing import trace_exported
+from logah.tracing import trace
 
 
 def gpt2(**options) -> GPT2LMHeadModel:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 16, "tie_word_embeddings": False}
     ids = {"bos_token_id": None, "eos_token_id": None}
     return GPT2LMHeadModel(GPT2Config(**sizes | ids | options))
+
+
+def llama() -> LlamaForCausalLM:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
 
 def names_before(graph, name):
@@ -77,12 +85,8 @@ def test_tied_embedding_is_predicted_once_and_the_graph_stays_acyclic():
 
 
 def test_llama_has_rotations_gates_and_values_at_the_attention():
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=50,
-    )  # fmt: skip
     with torch.device("meta"):
-        graph = trace_exported(LlamaForCausalLM(config))
+        graph = trace_exported(llama())
     layer = "model.layers.0"
     (attention,) = [index for index, node in enumerate(graph.nodes) if node.type_name == "msa"]
     before = [graph.nodes[one] for one in graph.predecessors(attention)]
@@ -91,13 +95,44 @@ def test_llama_has_rotations_gates_and_values_at_the_attention():
     assert names_before(graph, f"{layer}.mlp/mul") == {f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"}
 
 
-def test_convolutional_networks_have_the_reference_graphs_nodes():
+def as_networkx(graph):
+    """Nodes by type and, of parameters, name: names of operations differ between the versions."""
+    edges = networkx.from_numpy_array(graph.distance_NN == 1, create_using=networkx.DiGraph)
+    for index, node in enumerate(graph.nodes):
+        edges.nodes[index]["kind"] = (node.type, node.shape, node.name if node.listed and "." in node.name else "")
+    return edges
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet18"])
+def test_where_the_reference_graph_is_true_both_versions_agree(name):
     with torch.device("meta"):
-        graph, squeezed = trace_exported(resnet18()), trace_exported(squeezenet1_1())
-    kinds = [node.type_name for node in graph.nodes]
-    assert (len(kinds), kinds.count("conv"), kinds.count("bn"), kinds.count("sum")) == (53, 21, 20, 8)
-    head = next(node for node in squeezed.nodes if node.is_last_weight)
+        model = llama() if name == "llama" else resnet18().eval()
+    first, second = as_networkx(trace(model)), as_networkx(trace(model, version="v2"))
+    for graph in (first, second):
+        for node in graph.nodes:  # pools are listed, and named after their operation
+            kind, shape, label = graph.nodes[node]["kind"]
+            graph.nodes[node]["kind"] = (kind, shape, label if "weight" in label or "bias" in label else "")
+    assert networkx.is_isomorphic(first, second, node_match=lambda one, other: one["kind"] == other["kind"])
+
+
+def test_a_convolution_that_classifies_takes_the_class_head():
+    with torch.device("meta"):
+        graph = trace_exported(squeezenet1_1(), image_size=64)
+    head = next(node for node in graph.nodes if node.is_last_weight)
     assert head.name == "classifier.1.weight" and head.shape == (1000, 512)
+
+
+def test_a_norm_written_out_is_one_node():
+    class PlainLayerNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return (x - x.mean(-1, keepdim=True)) * self.weight + self.bias
+
+    graph = trace_exported(nn.Sequential(nn.Linear(4, 4), PlainLayerNorm()), inputs=torch.zeros(2, 4))
+    assert [node.type_name for node in graph.nodes] == ["input", "conv", "bias", "ln"]
 
 
 def test_shared_layers_are_listed_once():

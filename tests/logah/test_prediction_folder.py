@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DataError
 from logah.architectures import gpt2, llama, resolve_target, vit
 from logah.prediction_folder import (
     load_prediction,
     read_architecture,
     read_report,
+    read_state,
     stored_tensors,
     write_module_folder,
 )
@@ -90,9 +91,19 @@ def test_damaged_folders_are_named(tmp_path):
         load_prediction(folder)
 
 
+def test_a_network_of_ones_own_is_filled_but_never_imported_for_a_file(tmp_path):
+    mine = resolve_target({"family": "module", "options": {"path": "torchvision.models:squeezenet1_1"}})
+    folder = write_module_folder(tmp_path / "out", mine, mine.build())
+    with pytest.raises(DataError, match="code to import"):
+        load_prediction(folder)
+    other = mine.build()
+    assert load_prediction(folder, other) is other
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in read_state(folder).items())
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     folder = write_module_folder(tmp_path / "out", VIT, VIT.build())
     other = vit(patch_size=4, num_layers=2, num_heads=2, hidden_dim=16)
     (folder / "architecture.json").write_text(json.dumps(other.to_json()))
-    with pytest.raises(CheckpointError, match="do not fit vit"):
+    with pytest.raises(CheckpointError, match="do not fit VisionTransformer"):
         load_prediction(folder)

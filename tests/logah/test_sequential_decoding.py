@@ -8,7 +8,7 @@ from logah import sequential_decoding
 from logah.architecture_graphs import trace_architecture
 from logah.architectures import gpt2, vit
 from logah.assignment import plan_targets
-from logah.decoding import decode_target, prepare
+from logah.decoding import Group, decode_groups, prepare
 from logah.row_chunks import FactoredMatrix
 from logah.sequential_decoding import decode_each
 from tests.logah.tiny_hypernetwork import tiny_hypernetwork
@@ -47,7 +47,7 @@ def test_each_target_comes_once_as_if_it_were_alone(monkeypatch, variant, option
         is_matrix = isinstance(value, FactoredMatrix)
         assert is_matrix == (options.get("decoder") != "dense" and len(target.shape) == 2)
         value = value.materialise() if is_matrix else value
-        alone = decode_target(hypernetwork, start.rows([target.node]), target, plan)
+        alone = decode_groups(hypernetwork, [Group(target, plan, start.rows([target.node]))])[0][0]
         torch.testing.assert_close(value, alone, rtol=1e-5, atol=1e-6, msg=target.name)
 
 

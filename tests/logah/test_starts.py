@@ -75,6 +75,14 @@ def test_a_predicted_start_holds_the_prediction_and_tied_weights_stay_tied(hyper
     assert made.facts["predicted"] > 10 and made.facts["digest"]
 
 
+def test_graphs_of_another_kind_than_the_hypernetworks_are_refused(hypernetwork):
+    start = Start("logah", "hypernetwork", str(hypernetwork / "vision"))
+    with pytest.raises(CheckpointError, match="attention=explicit and cannot be used with attention=as_is"):
+        Starter(VIT, StartOptions(hypernetwork={"attention": "as_is"})).make(start, 0)
+    with pytest.raises(ConfigError, match="start.hypernetwork='atention' is not known"):
+        StartOptions(hypernetwork={"atention": "as_is"})
+
+
 def test_the_class_head_can_be_left_random_for_other_classes(hypernetwork):
     source, start = str(hypernetwork / "vision"), Start("logah", "hypernetwork", str(hypernetwork / "vision"))
     other = vit(2, num_layers=1, num_heads=2, hidden_dim=12, image_size=8, num_classes=7)

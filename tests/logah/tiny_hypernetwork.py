@@ -64,3 +64,10 @@ def write_trainer_checkpoint(path: Path, model: nn.Module, **extra: Any) -> Path
     }
     torch.save(content, path)
     return path
+
+
+def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
+    theirs = expected.state_dict()
+    assert found.state_dict().keys() == theirs.keys()
+    for name, value in found.state_dict().items():
+        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name

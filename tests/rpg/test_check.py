@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from common.positional import name_arguments
 from rpg import check as command
 from rpg.checking import check_folder, count_parameters, suggested_dim
 from rpg.codec import TokenCodec
@@ -106,9 +105,3 @@ def test_the_command_prints_and_says_whether_the_folder_can_be_used(tmp_path, mo
         call(tmp_path / "absent")
     assert stop.value.code == 2
     assert "holds no checkpoint" in capsys.readouterr().out
-
-
-def test_a_first_argument_without_a_name_gets_one():
-    assert name_arguments(["a b/c'd", "x=1", "--cfg", "rest"], "folder", "out") == [
-        "folder='a b/c\\'d'", "x=1", "--cfg", "out='rest'",
-    ]  # fmt: skip
