@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAPERS = ("radd", "diffullama", "mup_dit", "rpg")
+PAPERS = ("radd", "diffullama", "mup_dit", "rpg", "logah")
 SCRIPTS = sorted(path for paper in PAPERS for path in (ROOT / "scripts" / paper).glob("*.sh"))
 ENTRY_POINTS = {
     "train_torchrun.sh": "train",
@@ -27,8 +27,12 @@ ENTRY_POINTS = {
 OWN_SCRIPTS = {  # of some papers only
     "mup_dit": {"sample.sh": "sample", "extract.sh": "extract", "geneval.sh": "sample"},
     "rpg": {"collect.sh": "collect", "commonsense.sh": "commonsense", "prompt.sh": "prompt"},
-}
-LEFT_OUT = {"mup_dit": {"generate.sh"}}  # there it is called sample.sh
+    "logah": {
+        "finetune_torchrun.sh": "finetune", "finetune_deepspeed.sh": "finetune", "finetune_slurm.sh": "finetune",
+        "predict.sh": "predict", "prepare.sh": "prepare",
+    },
+}  # fmt: skip
+LEFT_OUT = {"mup_dit": {"generate.sh"}, "logah": {"generate.sh"}}  # sample.sh and predict.sh there
 EXPECTED = {
     paper: {
         script: module
