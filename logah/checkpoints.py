@@ -20,6 +20,7 @@ from common.checkpoint import (
 )
 from common.conversion import from_config
 from common.errors import CheckpointError
+from logah.hypernetwork import PLACEHOLDERS, HyperNetwork
 from logah.model_config import HyperNetworkConfig
 from logah.released import (
     ALIASES,
@@ -36,9 +37,6 @@ from logah.saving import check_output, save_hypernetwork, save_reference
 EXPORT_FOLDER = "export"  # of a run that has ended
 HUB = "SamsungSAILMontreal/ghn3"
 PUBLISHED = ("ghn3tm8.pt", "ghn3sm8.pt", "ghn3lm8.pt", "ghn3xlm16.pt", "ghn2.pt")
-PLACEHOLDERS = ("decoder_1d.0.", "bias_class.1.", "decoder.l1.")
-"""Tensors of low-rank models without a decoder for vectors that nothing reads; a file without them is complete."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -72,8 +70,6 @@ def build(config: HyperNetworkConfig) -> nn.Module:
         from logah.ghn2 import GHN2
 
         return GHN2(config)
-    from logah.hypernetwork import HyperNetwork
-
     return HyperNetwork(config)
 
 

@@ -20,6 +20,10 @@ from logah.net_graph import NetGraph
 from logah.primitives import NUM_PRIMITIVES, NUMBER, PRIMITIVES
 from logah.shape_encoder import ShapeEncoder
 
+PLACEHOLDERS = ("decoder_1d.0.", "bias_class.1.", "decoder.l1.")
+"""Published names of low-rank models without a decoder for vectors that no prediction reads; a file without them is
+complete."""
+
 
 class HyperNetwork(nn.Module):
     """Embeds graphs; ``logah/prediction.py`` decodes parameters from the embeddings."""

@@ -5,13 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logah.hypernetwork import HyperNetwork
+from logah.hypernetwork import PLACEHOLDERS, HyperNetwork
 from logah.model_config import HyperNetworkConfig
 from logah.networks import Network
 from logah.objective import MetaLoss, meta_loss
-
-NEVER_USED = ("decoder.l1.", "decoder_1d.0.", "bias_class.1.")
-"""Of low-rank models without a decoder for vectors: published names that no prediction reads."""
 
 SMALL = 1 << 20
 
@@ -26,7 +23,7 @@ class MetaLearner(HyperNetwork):
         super().__init__(config)
         if config.decoder == "lowrank" and not config.use_1d_decoder:
             for name, parameter in self.named_parameters():
-                parameter.requires_grad_(not name.startswith(NEVER_USED))
+                parameter.requires_grad_(not name.startswith(PLACEHOLDERS))
 
     def forward(
         self, networks: Sequence[Network], batches: Sequence[Mapping[str, Tensor]], **options: object

@@ -75,7 +75,8 @@ def meta_loss(
         output = run_network(network.module, values, batch)
         logits, labels = scored(output, batch)
         task_sum = task_sum + F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        correct, top5 = correct + hits(logits, labels, 1), top5 + hits(logits, labels, 5)
+        rank = ranks(logits, labels)
+        correct, top5 = correct + (rank == 0).sum(), top5 + (rank < 5).sum()
         counted += len(labels)
         if keep_logits:
             logits_of_all.append(output)
@@ -99,7 +100,7 @@ def scored(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def hits(logits: Tensor, labels: Tensor, places: int) -> Tensor:
-    """How often the label is among the ``places`` likeliest."""
-    best = logits.topk(min(places, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(dim=1).sum()
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes are likelier than the label, ``(N,)``: 0 where it is the likeliest."""
+    own = logits.gather(1, labels[:, None])
+    return (logits > own).sum(1)

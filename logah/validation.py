@@ -10,7 +10,7 @@ from common.trainer import TrainState
 from logah.architecture_sets import ArchitectureSource
 from logah.data import TrainingData
 from logah.networks import Network, build_network
-from logah.objective import hits, run_network, scored
+from logah.objective import ranks, run_network, scored
 from logah.prediction import predict, use_batch_statistics
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Validation:
                     batch = {name: value.to(state.device) for name, value in batch.items()}
                     logits, labels = scored(run_network(network.module, values, batch), batch)
                     nats += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-                    correct += float(hits(logits, labels, 1))
+                    correct += float((ranks(logits, labels) == 0).sum())
                     counted += len(labels)
         nats, correct, counted = parallel.sum([nats, correct, counted])
         return {"valid/task_loss": nats / counted, "valid/top1": correct / counted}
