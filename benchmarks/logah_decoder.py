@@ -2,19 +2,17 @@
 
     python -m benchmarks.logah_decoder [--json FILE] [--repeats 5]
 
-A 768 x 768 matrix (rounded to 2048 x 2048 by the released code) from one node, for the four published sizes. The outputs
+A 768 x 768 matrix (rounded to 2048 x 2048 by the released code) from one node, for the four published sizes. Outputs
 must be equal. "Saved" is what autograd keeps for the backward pass beside the weights, per node. A 3072 x 768 matrix
 and a vector of 768 are timed beside it. Weights are random.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import main
 from benchmarks.processes import interleaved
 from logah.decoder_lowrank import A, B, LowRankDecoder, Read
 
@@ -92,17 +90,5 @@ def measure(repeats: int = 5) -> dict:
     return {"milliseconds": milliseconds, "saved megabytes": megabytes, "ratios": ratios, "checks": checks}
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
-    options = parser.parse_args()
-    text = json.dumps(measure(options.repeats), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -11,14 +11,12 @@ small here (8 images, 2 blocks of 64 tokens), so that of larger ones the ratio i
 which trace each architecture once, are not timed.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import main
 from benchmarks.processes import interleaved
 from logah.architecture_config import NetsSection
 from logah.architecture_sets import ArchitectureSource
@@ -98,17 +96,5 @@ def measure(repeats: int = 5) -> dict:
     return {"seconds per step": seconds, "ratios": ratios}
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
-    options = parser.parse_args()
-    text = json.dumps(measure(options.repeats), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

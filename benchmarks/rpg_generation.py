@@ -8,12 +8,9 @@ default sampler against the 1000 of DDPM are a property of the configuration; th
 ``python -m rpg.reproduce`` shows.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 
+from benchmarks.command import main
 from benchmarks.processes import interleaved
 from rpg.model import Generator
 from rpg.model_config import GeneratorConfig
@@ -66,17 +63,5 @@ def measure(repeats: int = 5) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
-    options = parser.parse_args()
-    text = json.dumps(measure(options.repeats), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -7,14 +7,12 @@ outputs must be equal. Times are medians of interleaved runs; memory is what a f
 its gradients. transformers' chunk is 256, its default and that of published models; its time at ours stands beside.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import main
 from benchmarks.processes import interleaved, peak_growth
 from rpg.mamba2 import Mamba2Mixer
 
@@ -117,17 +115,5 @@ def ours_chunk() -> int:
     return build_ours().chunk_size
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
-    options = parser.parse_args()
-    text = json.dumps(measure(options.repeats), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

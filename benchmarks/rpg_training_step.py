@@ -10,8 +10,6 @@ convolutions weigh more the narrower the stack is. "Loss" is the mean over the l
 small digit classifiers, three seeds each.
 """
 
-import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import main
 from benchmarks.processes import interleaved
 from common.config import BatchConfig, OptimConfig, TrackingConfig, TrainerConfig
 from common.data.loader import build_train_loader
@@ -157,17 +156,5 @@ def measure(repeats: int = 5) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds")
-    options = parser.parse_args()
-    text = json.dumps(measure(options.repeats), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -119,9 +119,7 @@ class OptimConfig:
     ] = "constant"  # fmt: skip
     min_ratio: float = 0.0  # floor of the rate where it falls, as a share of lr
     decay_fraction: float = 0.2  # share of the run in which the rate falls: its end (wsd) or start (cosine_constant)
-    epoch_steps: int = (
-        0  # *_epochs: steps per epoch, the unit of warm-up; 0: the data's
-    )
+    epoch_steps: int = 0  # *_epochs: steps per epoch, the unit of warm-up; 0: the data's
     milestones: tuple[int, ...] = ()  # multistep_epochs: epochs from which the rate is gamma times the last
     gamma: float = 0.1  # multistep_epochs, exponential_epochs: factor at a milestone, or after every epoch
 

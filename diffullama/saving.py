@@ -19,8 +19,7 @@ from common import provenance
 from common.checkpoint import CONFIG_FILE, save_weights, write_json
 from common.config import require_choice
 from common.data.tokenizer import Tokenizer
-from common.errors import CheckpointError
-from common.folders import write_folder
+from common.folders import require_replaceable, write_folder
 from diffullama.convert import has_weights
 from diffullama.lora import ADAPTER_CONFIG, has_adapter, merge
 from diffullama.model import DiffusionLM
@@ -164,17 +163,7 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``folder`` holds something that must not be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"output={folder} is a file; give a folder.")
-    holds_model = has_weights(folder) or (folder / ADAPTER_CONFIG).is_file()
-    if holds_model and not overwrite:
-        raise CheckpointError(
-            f"output={folder} holds a model already; choose another folder, or replace it with overwrite=true."
-        )
-    if not holds_model and any(folder.iterdir()):
-        raise CheckpointError(f"output={folder} holds other files; choose another folder.")
+    require_replaceable(folder, overwrite, ours=has_weights(folder) or (folder / ADAPTER_CONFIG).is_file())
 
 
 def model_card(model: DiffusionLM, metadata: Mapping[str, Any], layout: str) -> str:

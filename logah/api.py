@@ -1,10 +1,10 @@
 """The hypernetwork from Python: load one, let it fill a network.
 
-    from logah.api import load, predict
+from logah.api import load, predict
 
-    hypernetwork = load("runs/digits")
-    report = predict(network, hypernetwork)      # any torchvision, timm or transformers network, in place
-    print(report.kept)                           # parameters that no node of its graph covers
+hypernetwork = load("runs/digits")
+report = predict(network, hypernetwork)      # any torchvision, timm or transformers network, in place
+print(report.kept)                           # parameters that no node of its graph covers
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common import provenance
 from common.checkpoint import CONFIG_FILE, MODEL_FILE, export_weights
 from common.errors import CheckpointError
-from common.folders import write_folder
+from common.folders import require_replaceable, write_file, write_folder
 from logah.model_config import HyperNetworkConfig
 from logah.released import WRAPPERS, add_aliases, drop_aliases, reference_options
 
@@ -75,30 +75,19 @@ def save_reference(path: Path | str, model: nn.Module, *, overwrite: bool = Fals
         raise CheckpointError(f"out={path} exists; choose another name, or replace it with overwrite=true.")
     options = reference_options(model.config)
     state = {name: value.cpu().contiguous() for name, value in plain_state(model.state_dict()).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # one storage under two names is stored once
-        torch.save({"state_dict": add_aliases(state), "config": options, "epoch": 0, "step": 0}, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}); free disk space or choose another.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    stored = {
+        "state_dict": add_aliases(state),
+        "config": options,
+        "epoch": 0,
+        "step": 0,
+    }  # one storage under two names is stored once
+    return write_file(path, lambda temporary: torch.save(stored, temporary))
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``folder`` holds something that must not be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"out={folder} is a file; give a folder.")
-    holds_one = (folder / MODEL_FILE).is_file() and (folder / CONFIG_FILE).is_file()
-    if holds_one and not overwrite:
-        raise CheckpointError(f"out={folder} holds weights already; choose another folder, or set overwrite=true.")
-    if not holds_one and any(folder.iterdir()):
-        raise CheckpointError(f"out={folder} holds other files; choose another folder.")
+    ours = (folder / MODEL_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+    require_replaceable(folder, overwrite, ours=ours, what="a hypernetwork", option="out")
 
 
 def model_card(config: HyperNetworkConfig, num_parameters: int, described: Mapping[str, Any]) -> str:

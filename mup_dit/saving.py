@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import provenance
 from common.checkpoint import CONFIG_FILE, MODEL_FILE, export_weights, save_weights
 from common.errors import CheckpointError
-from common.folders import write_folder
+from common.folders import require_replaceable, write_folder
 from mup_dit.base_shapes import write_base_shapes
 from mup_dit.building import ModelConfig, Network, describe, flat_options
 from mup_dit.conversion import to_diffusers
@@ -126,17 +126,7 @@ def replace_model(folder: Path | str, write: Callable[[Path], object], overwrite
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``folder`` holds something that must not be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"output={folder} is a file; give a folder.")
-    holds_model = holds_weights(folder)
-    if holds_model and not overwrite:
-        raise CheckpointError(
-            f"output={folder} holds a model already; choose another folder, or replace it with overwrite=true."
-        )
-    if not holds_model and any(folder.iterdir()):
-        raise CheckpointError(f"output={folder} holds other files; choose another folder.")
+    require_replaceable(folder, overwrite, ours=holds_weights(folder))
 
 
 def holds_weights(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from common import provenance
 from common.checkpoint import CONFIG_FILE, MODEL_FILE, export_weights, sha256, write_json
 from common.errors import CheckpointError
-from common.folders import write_folder
+from common.folders import require_replaceable, write_file, write_folder
 from rpg.codec import TokenCodec
 from rpg.data import GeneratorData
 from rpg.model import Generator
@@ -153,32 +153,16 @@ def save_reference(path: Path | str, model: Generator, *, sampler: str = "ddpm",
     if unknown:
         raise CheckpointError(f"to=reference: the reference has no {', '.join(unknown)}; use to=quintet.")
     state = {name: value.detach().cpu().contiguous() for name, value in plain_state(model.state_dict()).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # one storage under three names is stored once
-        torch.save(add_aliases(state, beta=config.beta, steps=config.diffusion_steps, sampler=sampler), temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}); free disk space or choose another.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    stored = add_aliases(
+        state, beta=config.beta, steps=config.diffusion_steps, sampler=sampler
+    )  # one storage under three names is stored once
+    return write_file(path, lambda temporary: torch.save(stored, temporary))
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``folder`` holds something that must not be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"output={folder} is a file; give a folder.")
-    holds_generator = (folder / MODEL_FILE).is_file() and (folder / CODEC_FOLDER).is_dir()
-    if holds_generator and not overwrite:
-        raise CheckpointError(
-            f"output={folder} holds a generator already; choose another folder, or replace it with overwrite=true."
-        )
-    if not holds_generator and any(folder.iterdir()):
-        raise CheckpointError(f"output={folder} holds other files; choose another folder.")
+    ours = (folder / MODEL_FILE).is_file() and (folder / CODEC_FOLDER).is_dir()
+    require_replaceable(folder, overwrite, ours=ours, what="a generator")
 
 
 def model_card(config: GeneratorConfig, codec: TokenCodec, facts: GeneratorFacts, described: Mapping[str, Any]) -> str:
