@@ -61,15 +61,17 @@ def language_checks(settings: Settings, logah: Sequence[Run], random: Sequence[R
         )
     ]
     for net in settings.language_nets:
-        worst = max(by_rate(logah, net.label, settings.early_step).values(), key=lambda metric: metric.value)
-        best = min(by_rate(random, net.label, settings.early_step).values(), key=lambda metric: metric.value)
+        ours, theirs = (
+            min(by_rate(runs, net.label, settings.early_step).values(), key=lambda metric: metric.value)
+            for runs in (logah, random)
+        )
         checks.append(
             Check(
-                claim=f"language: {net.label} after {settings.early_step} steps, the predicted start with its worst "
-                f"learning rate is below the random start with its best{suffix}",
-                measured=f"{shown(worst)} against {shown(best)}: {best.value - worst.value:.3f} lower",
+                claim=f"language: {net.label} after {settings.early_step} steps, the predicted start is below the "
+                f"random one, each with its best learning rate{suffix}",
+                measured=f"{shown(ours)} against {shown(theirs)}: {theirs.value - ours.value:.3f} lower",
                 threshold=f">= {EARLY_GAIN:g} nats per token",
-                passed=best.value - worst.value >= EARLY_GAIN,
+                passed=theirs.value - ours.value >= EARLY_GAIN,
             )
         )
     return checks

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common.report import Figure, Theme, draw_figure
-from logah.reproduction.runs import Run, mean_at, reaching
+from logah.reproduction.runs import Run, mean_at
 from logah.reproduction.settings import LANGUAGE, VISION, Arm, Settings
 
 Starts = Mapping[str, Sequence[Run]]
@@ -14,7 +14,7 @@ Starts = Mapping[str, Sequence[Run]]
 
 def draw_band(ax: Axes, runs: Sequence[Run], colour: str, label: str, scale: float = 1.0, style: str = "-") -> None:
     """Mean over runs at every point that all of them reach, with a band of one standard error."""
-    points = [point for point in runs[0].points if len(reaching(runs, point)) == len(runs)]
+    points = [point for point in runs[0].points if all(point in run.points for run in runs)]
     means = [mean_at(runs, point) for point in points]
     middle = scale * np.array([mean.value for mean in means])
     error = scale * np.array([mean.standard_error or 0.0 for mean in means])

@@ -48,8 +48,11 @@ def runs_of(settings: Settings, results: Mapping[str, Mapping], start: str, kind
 
 
 def reaching(runs: Iterable[Run], point: int) -> Runs:
-    """Those that were scored at ``point``."""
-    return [run for run in runs if point in run.points]
+    """Those that were scored at ``point``; before training one of those that differ in their learning rate only."""
+    reached = [run for run in runs if point in run.points]
+    if point == 0:
+        return list({(run.net, run.order): run for run in reversed(reached)}.values())[::-1]
+    return reached
 
 
 def mean_at(runs: Iterable[Run], point: int) -> Metric:

@@ -20,7 +20,8 @@ class Arm:
     kind: str = VISION
     decoder: str = "lowrank"
     max_shape: int = 512  # largest decoded sizes; wider targets are tiled
-    steps: int = 3000
+    first_steps: int = 700  # before: with a zero row for the class token, at a constant rate
+    steps: int = 1700
     lr: float = 1e-3
     orders: int = 1  # data orders with which nets are trained from its predictions
 
@@ -44,10 +45,10 @@ def nets(*sizes: tuple[int, int, int]) -> tuple[Net, ...]:
     return tuple(Net(depth=depth, width=width, heads=heads) for depth, width, heads in sizes)
 
 
-LOGAH = Arm(name="logah", label="LoGAH", orders=3)
+LOGAH = Arm(name="logah", label="LoGAH")
 GHN3 = Arm(name="ghn3", label="GHN-3", decoder="dense", max_shape=32, lr=2.5e-4)
 LOWRANK_V2 = Arm(name="lowrank-v2", label="lowrank_v2 (ours)", decoder="lowrank_v2")
-LOGAH_LM = Arm(name="logah-lm", label="LoGAH", kind=LANGUAGE, steps=2500)
+LOGAH_LM = Arm(name="logah-lm", label="LoGAH", kind=LANGUAGE, first_steps=0, steps=1500, lr=3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,10 @@ class Settings:
     held_out_blocks: int = 200  # of text, that a net is scored on
     language_nets: tuple[Net, ...] = nets((6, 64, 4), (5, 96, 4))
     language_lrs: tuple[float, ...] = (1e-3, 3e-3)  # at 3e-4 random starts are slower still
-    language_steps: tuple[int, ...] = (0, 25, 50, 100)  # at which held-out text is scored
+    language_steps: tuple[int, ...] = (0, 25, 50)  # at which held-out text is scored
     early_step: int = 50  # one of them: where predicted and random starts are compared
     # further steps of some runs (net, learning rate), where random starts overtake; every run if ()
-    language_more: tuple[int, ...] = (150, 200, 300)
+    language_more: tuple[int, ...] = (100, 150, 200, 300)
     language_longer: tuple[tuple[str, float], ...] = (("6x64", 3e-3),)
 
     def as_dict(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def hypernetwork_table(settings: Settings, found: Sequence[tuple[Arm, Mapping]])
     for arm, result in found:
         batch = settings.vision_batch if arm.kind == VISION else settings.language_batch
         data = "digits" if arm.kind == VISION else "text"
-        sizes = [result["parameters"], arm.steps, batch, f"{arm.lr:g}"]
+        sizes = [result["parameters"], arm.first_steps + arm.steps, batch, f"{arm.lr:g}"]
         rows.append([data, arm.label, *sizes, result["last"], round(result["seconds"])])
     columns = ["data", "hypernetwork", "parameters", "steps", "batch", "lr", "last loss", "processor seconds"]
 

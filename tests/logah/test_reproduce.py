@@ -24,6 +24,7 @@ from logah.reproduction.settings import (
     LANGUAGE,
     LOGAH,
     LOGAH_LM,
+    LOWRANK_V2,
     RANDOM,
     SMALL,
     VISION,
@@ -36,7 +37,10 @@ from logah.reproduction.training import train_config
 
 TINY = dataclasses.replace(
     SMALL,
-    arms=tuple(dataclasses.replace(arm, steps=3, orders=2 if arm is LOGAH else 1) for arm in (LOGAH, LOGAH_LM, GHN3)),
+    arms=tuple(
+        dataclasses.replace(arm, steps=3, first_steps=min(arm.first_steps, 2), orders=2 if arm is LOGAH else 1)
+        for arm in (LOGAH, LOGAH_LM, GHN3, LOWRANK_V2)
+    ),
     vision_space=Space(depths=(1,), widths=(16,), heads=(2,)),
     language_space=Space(depths=(1,), widths=(16,), heads=(2,)),
     hid=16,
@@ -138,6 +142,13 @@ def test_runs_of_other_length_do_not_enter_a_mean():
     assert list(by_rate([short, long], "a", 300)) == [3e-3]
 
 
+def test_learning_rates_are_no_repetitions_before_training():
+    runs = [Run(net, lr, 0, (0, 1), (start, 0.5)) for net, start in (("a", 0.1), ("b", 0.3)) for lr in (1e-3, 3e-3)]
+    found = mean_at(runs, 0)
+    assert found.value == pytest.approx(0.2) and found.standard_error == pytest.approx(0.1)
+    assert difference_at([run for run in runs if run.net == "a"], runs, 0).standard_error is None
+
+
 def test_steps_to_a_loss_are_interpolated():
     run = Run("a", 1e-3, 0, (0, 50, 100), (6.0, 5.0, 4.0))
     assert steps_to_reach(run, 4.5) == pytest.approx(75)
@@ -165,17 +176,15 @@ def test_language_is_judged_at_the_start_and_early(start: float, early: float, p
     assert [check.passed for check in found] == passed
 
 
-def test_worst_predicted_rate_is_compared_with_best_random_rate():
-    logah = language_runs(4.7, 4.0)
-    diverged = [
-        dataclasses.replace(run, scores=(run.scores[0], 9.0, 9.0)) if run.lr == max(SMALL.language_lrs) else run
-        for run in logah
-    ]
-    assert [check.passed for check in language_checks(SMALL, diverged, language_runs(6.26, 4.75))] == [
-        True,
-        False,
-        False,
-    ]
+def test_every_start_is_judged_at_its_best_rate():
+    def diverged(runs: list[Run], at: float) -> list[Run]:
+        return [dataclasses.replace(run, scores=(run.scores[0], 9.0, 9.0)) if run.lr == at else run for run in runs]
+
+    low, high = min(SMALL.language_lrs), max(SMALL.language_lrs)
+    logah, random = diverged(language_runs(4.7, 4.0), high), diverged(language_runs(6.26, 4.75), low)
+    assert [check.passed for check in language_checks(SMALL, logah, random)] == [True, True, True]
+    random = diverged(diverged(language_runs(6.26, 4.35), low), 0.0)
+    assert [check.passed for check in language_checks(SMALL, logah, random)] == [True, False, False]
 
 
 def test_size_is_judged_by_parameters():
