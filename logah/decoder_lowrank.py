@@ -86,28 +86,16 @@ class LowRankDecoder(nn.Module):
             slice((read.factor * rank + first) * rank, (read.factor * rank + last + 1) * rank)
             for read, (first, last) in zip(wanted, spans, strict=True)
         ]
-        inputs, columns, pieces = [], [], []
+        pieces = _Pieces()
         for h, read, (first, last) in zip(
             sliced_linear(trunks, last_map.weight, last_map.bias, h_rows), wanted, spans, strict=True
         ):
             h_Rjr = F.relu(h).view(len(h), last - first + 1, rank)
-            head, tail = read.start * rank - first * K, read.stop * rank - last * K
-            if first == last:
-                parts = [(h_Rjr[:, 0], slice(head, tail))]
-            else:
-                parts = [(h_Rjr[:, 0], slice(head, K)), (h_Rjr[:, -1], slice(0, tail))]
-                if last - first > 1:
-                    parts.insert(1, (h_Rjr[:, 1:-1], slice(0, K)))
-            inputs += [x for x, _ in parts]
-            columns += [part for _, part in parts]
-            pieces.append(len(parts))
-        values = iter(sliced_linear(inputs, self.l2.weight, self.l2.bias, columns))
-        factors = []
-        for read, count in zip(wanted, pieces, strict=True):
-            flat = [next(values).flatten(1) for _ in range(count)]
-            joined = flat[0] if count == 1 else torch.cat(flat, dim=1)
-            factors.append(joined.view(len(joined), read.stop - read.start, rank))
-        return factors
+            pieces.add(h_Rjr, read.start * rank - first * K, read.stop * rank - first * K, K)
+        flat = pieces.values(self.l2.weight, self.l2.bias)
+        return [
+            values.view(len(values), read.stop - read.start, rank) for values, read in zip(flat, wanted, strict=True)
+        ]
 
     # ---------------------------------------------------------------- as released
 
@@ -140,6 +128,53 @@ class LowRankDecoder(nn.Module):
         if kind == "1d":
             return product.flatten(1)
         return as_kernel(product, request)
+
+
+class _Pieces:
+    """Parts of rows of ``l2``'s output: those with the same columns, of whatever node, are one product.
+
+    A large map is then read once for both factors of a square matrix, and once for all whole rows.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[tuple[int, int], list[Tensor]] = {}
+        self._places: list[list[tuple[tuple[int, int], int]]] = []
+
+    def add(self, h_Rjr: Tensor, begin: int, end: int, width: int) -> None:
+        """Values ``begin`` .. ``end - 1`` of the j rows of ``width`` outputs, read one after the other."""
+        last = (end - 1) // width
+        tail = end - last * width
+        if last == 0:
+            parts = [(h_Rjr, begin, tail)]
+        else:
+            whole_from, whole_to = (1 if begin else 0), (last if tail < width else last + 1)
+            parts = [(h_Rjr[:, :1], begin, width)] if begin else []
+            if whole_to > whole_from:
+                parts.append((h_Rjr[:, whole_from:whole_to], 0, width))
+            if tail < width:
+                parts.append((h_Rjr[:, -1:], 0, tail))
+        places = []
+        for x_Rjr, start, stop in parts:
+            inputs = self._inputs.setdefault((start, stop), [])
+            places.append(((start, stop), len(inputs)))
+            inputs.append(x_Rjr)
+        self._places.append(places)
+
+    def values(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """``(R, end - begin)`` of everything added, in that order."""
+        keys = list(self._inputs)
+        joined = [torch.cat([x.flatten(0, 1) for x in self._inputs[key]]) for key in keys]
+        products = sliced_linear(joined, weight, bias, [slice(*key) for key in keys])
+        outputs = {}
+        for key, product in zip(keys, products, strict=True):
+            sizes = [x.shape[0] * x.shape[1] for x in self._inputs[key]]
+            parts = zip(product.split(sizes), self._inputs[key], strict=True)
+            outputs[key] = [part.reshape(x.shape[0], -1) for part, x in parts]
+        found = []
+        for places in self._places:
+            row = [outputs[key][number] for key, number in places]
+            found.append(row[0] if len(row) == 1 else torch.cat(row, dim=1))
+        return found
 
 
 def as_kernel(product: Tensor, request: Request) -> Tensor:

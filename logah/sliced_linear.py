@@ -12,12 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+FEW_ROWS = range(2, 7)
+WIDE = 64
+"""Products of few rows with a tall weight of at least so many columns are faster the other way round on a CPU: 2 rows of
+256 with 32768 outputs take 1.1 instead of 8.0 ms, 6 rows 2.2 instead of 6.5."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.dim() == 2 and len(x) in FEW_ROWS and x.shape[1] >= WIDE and x.device.type == "cpu":
+        return torch.addmm(bias[:, None], weight, x.T).T.contiguous()
+    return F.linear(x, weight, bias)
+
+
 class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, bias: Tensor, slices: Sequence[slice], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.slices = slices
         ctx.save_for_backward(weight, *inputs)
-        return tuple(F.linear(x, weight[part], bias[part]) for x, part in zip(inputs, slices, strict=True))
+        return tuple(_linear(x, weight[part], bias[part]) for x, part in zip(inputs, slices, strict=True))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
