@@ -29,7 +29,7 @@ CASES = {
     "ViTs-1K": ("vision", NetsSection(law="vits1k", patch_sizes=(4,)), {"num_classes": 100, "image_size": 32}),
     "GPTs-1K": ("llm", NetsSection(law="gpts1k", dropout=0.0), {"vocab_size": 50257, "n_positions": 1024}),
 }
-STEPS = 3  # different networks per round
+STEPS = 2  # different networks per round
 LESS_SHARE = 5.0
 
 
