@@ -98,9 +98,11 @@ def start(plan: str = "none") -> Iterator[Parallel]:
     if (world_size > 1 or plan not in ("none", "ddp")) and not dist.is_initialized():
         _join(world_size, device)
     _current = Parallel(rank, world_size, local_rank, device, plan)
+    linear = torch.nn.functional.linear
     try:
         yield _current
     finally:
+        torch.nn.functional.linear = linear  # DeepSpeed's ZeRO-3 puts another one in its place, for the whole process
         _current = None
 
 

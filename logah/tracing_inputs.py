@@ -48,6 +48,7 @@ def run_model(model: nn.Module, *, inputs: Any = None, image_size: int | Sequenc
         stack.enter_context(_all_trainable(model))
         stack.enter_context(_without_padding_checks(model))
         stack.enter_context(_without_recomputation(model))
+        stack.enter_context(_plain_linear())
         if first.device.type != "meta":
             # the graph is read, never run backwards: activations are let go as soon as they are saved
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never_unpacked))
@@ -165,6 +166,18 @@ def _without_recomputation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in recomputed:
             module.gradient_checkpointing = True
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 replaces ``linear`` for the whole process by a function of its own, one node with other
+    parents; a network's graph must not depend on what runs beside it."""
+    replaced = nn.functional.linear
+    nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = replaced
 
 
 def _never_unpacked(_: None) -> Tensor:

@@ -87,3 +87,11 @@ def test_signal_is_noted_and_earlier_handler_restored(number: signal.Signals):
         assert stop.requested
         assert stop.signal_name == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_run_leaves_the_libraries_functions_as_they_were(monkeypatch):
+    """DeepSpeed's ZeRO-3 replaces ``linear`` for the whole process."""
+    before = torch.nn.functional.linear
+    with start("none"):
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *arguments: None)
+    assert torch.nn.functional.linear is before

@@ -192,3 +192,21 @@ def test_attention_that_stays_fused_is_reported():
 def test_unknown_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         trace(Head(lambda x: x), **options)
+
+
+def test_a_replaced_linear_function_changes_no_graph(monkeypatch):
+    """As DeepSpeed's ZeRO-3 leaves one behind."""
+
+    class Other(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            return torch._C._nn.linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise AssertionError("never run")
+
+    network = gpt2(16, 1, 2, vocab_size=50, n_positions=16)
+    expected = trace(network.build_meta())
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: Other.apply(x, weight, bias))
+    assert_same(trace(network.build_meta()), expected)
