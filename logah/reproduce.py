@@ -2,7 +2,7 @@
 
     python -m logah.reproduce                        under 4 minutes on two cores, runs/logah-reproduction
     python -m logah.reproduce --output runs/mine --seed 1
-    python -m logah.reproduce --full                 three hypernetworks of each kind, lowrank_v2, more data orders
+    python -m logah.reproduce --full                 three hypernetworks of each kind, GHN-3, more data orders
 
 Hypernetworks are trained on small transformers, vision (scikit-learn's handwritten digits) and language (Python's
 reference text) side by side, and predict larger ones, which are then trained next to ones that start at random;
@@ -73,7 +73,7 @@ REPRODUCTION = Reproduction(
     presentation=("checks.py", "figures.py", "tables.py", "results.py", "runs.py", "reproduce.py"),
     small=SMALL,
     full=FULL,
-    full_help="three hypernetworks of each kind, lowrank_v2, other learning rates, more data orders (about 30 minutes)",
+    full_help="three hypernetworks of each kind, GHN-3, other learning rates, more data orders (about 30 minutes)",
     print_tables=1,
 )
 

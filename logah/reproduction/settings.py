@@ -47,7 +47,7 @@ def nets(*sizes: tuple[int, int, int]) -> tuple[Net, ...]:
 
 LOGAH = Arm(name="logah", label="LoGAH")
 GHN3 = Arm(name="ghn3", label="GHN-3", decoder="dense", max_shape=32, lr=2.5e-4)
-LOWRANK_V2 = Arm(name="lowrank-v2", label="lowrank_v2 (ours)", decoder="lowrank_v2")
+LOWRANK_V2 = Arm(name="lowrank-v2", label="lowrank_v2 (ours)", decoder="lowrank_v2", lr=3e-4)
 LOGAH_LM = Arm(name="logah-lm", label="LoGAH", kind=LANGUAGE, first_steps=0, steps=1500, lr=3e-3)
 
 
@@ -64,7 +64,7 @@ class Space:
 class Settings:
     """All that a result depends on besides the seed; JSON-able."""
 
-    arms: tuple[Arm, ...] = (LOGAH, LOGAH_LM, GHN3)
+    arms: tuple[Arm, ...] = (LOGAH, LOGAH_LM, LOWRANK_V2)
     # Hypernetworks
     hid: int = 32
     layers: int = 2

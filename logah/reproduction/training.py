@@ -4,16 +4,21 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 from common.config import KeepConfig, OptimConfig, ParallelConfig, TrackingConfig
 from common.reproduction.curves import training_curve
 from common.reproduction.jobs import Interrupted
 from logah.architecture_config import NetsSection
 from logah.checkpoints import load_hypernetwork
 from logah.config import TrainConfig, TrainingConfig
+from logah.meta_learner import MetaLearner
 from logah.reproduction.data import data_section
 from logah.reproduction.settings import VISION, Arm, Settings
 from logah.reproduction.starts import PATCH_SIZE
 from logah.training import run_training
+
+NUM_CLASSES = 10
 
 
 def train_config(
@@ -76,6 +81,13 @@ def train_config(
         checkpoint=KeepConfig(keep_last=1),
         tracking=TrackingConfig(progress=False),
     )
+
+
+def num_parameters(settings: Settings, arm: Arm) -> int:
+    """Of an arm's hypernetwork, trained or not."""
+    with torch.device("meta"):
+        model = MetaLearner(train_config(settings, arm, seed=0, run_dir="-").model_config(num_classes=NUM_CLASSES))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def train(settings: dict, arm: str, seed: int, run_dir: str) -> dict:
