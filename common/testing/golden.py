@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-ROUNDING = 2e-5  # share of the largest value that float32 may leave of entries which are zero but for rounding
+ROUNDING = 2e-5  # share of the largest value, for outputs that a tolerance made for other outputs says nothing of
+TINY = 1e-7  # entries that are zero but for rounding agree within it, where a rule for single outputs is relative
 DEFAULT_GOLDEN_DIR = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
 
@@ -81,8 +82,8 @@ class Case:
         if isinstance(tolerance, Mapping):
             return tolerance.get("rtol", 0.0), tolerance.get("atol", 0.0)
         if isinstance(tolerance, str):
-            rtol, atol = _in_words(name, tolerance)
-            return rtol, max(atol, ROUNDING * float(np.abs(expected).max(initial=0.0))) if rtol else atol
+            rtol, atol, is_named = _in_words(name, tolerance)
+            return rtol, atol if is_named else ROUNDING * float(np.abs(expected).max(initial=0.0))
         if self.raw.get("relative"):
             tolerance *= max(1.0, float(np.abs(expected).max(initial=0.0)))
         return 0.0, tolerance
@@ -103,21 +104,24 @@ def _of_kind(name: str, tolerances: Mapping) -> object:
     return min(strict, key=lambda value: value.get("rtol", 0.0) if isinstance(value, Mapping) else value)
 
 
-def _in_words(name: str, tolerance: str) -> tuple[float, float]:
+def _in_words(name: str, tolerance: str) -> tuple[float, float, bool]:
     """Of a text: ``exact...``, ``... within 2/80 ...``, ``atol 1e-5, rtol 1e-4``, or ``loss rtol 1e-4, gradient norms
-    rtol 2e-3``, where words before a number say which outputs it is for."""
+    rtol 2e-3``, where words before a number say which outputs it is for; the last value: whether it is for this one."""
     if share := re.search(r"within (\d+)/(\d+)", tolerance):
-        return 0.0, int(share[1]) / int(share[2])
+        return 0.0, int(share[1]) / int(share[2]), True
     found = re.findall(r"([a-z ]*)\b(rtol|atol) ([0-9.e-]+)", tolerance)
     if found:
         values = {"rtol": 0.0, "atol": 0.0}
+        per_output = sum(kind == "rtol" for _, kind, _ in found) > 1
+        is_named = not per_output
         for words, kind, value in found:
-            named = [word for word in words.split() if word[:4] in name]
-            if not values[kind] or named:
+            mine = [word for word in words.split() if word[:4] in name]
+            if not values[kind] or mine:
                 values[kind] = float(value)
-        return values["rtol"], values["atol"]
+            is_named = is_named or bool(mine)
+        return values["rtol"], TINY if per_output and not values["atol"] else values["atol"], is_named
     assert tolerance.startswith("exact"), f"the tolerance {tolerance!r} is none that is known"
-    return 0.0, 1e-12
+    return 0.0, 1e-12, True
 
 
 def load_cases(paper: str, folder: str | Path = DEFAULT_GOLDEN_DIR) -> dict[str, Case]:
